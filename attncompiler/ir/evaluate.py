@@ -1,0 +1,191 @@
+"""Evaluate an expression over a block of positions with torch: the one evaluator of the interpreter and the portable lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attncompiler.errors import InvalidProgram
+from attncompiler.ir.expr import AXES, Apply, Axis, Const, Dot, Expr, Read, Size, Uniform, axes_of
+
+Value = Tensor | bool | int | float
+
+
+def _both(tensor_op: Callable[..., Tensor], scalar_op: Callable[..., Value]) -> Callable[..., Value]:
+    def run(*args: Value) -> Value:
+        return tensor_op(*args) if any(isinstance(a, Tensor) for a in args) else scalar_op(*args)
+
+    return run
+
+
+def _as_tensor(value: Value) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def _rounded(dtype: torch.dtype) -> Callable[[Value], Value]:
+    def run(value: Value) -> Value:
+        exact = _as_tensor(value)
+        return exact.to(dtype).to(exact.dtype)
+
+    return run
+
+
+def _to_float(value: Value) -> Value:
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else value.to(torch.float64)
+    return float(value)
+
+
+TORCH: Mapping[str, Callable[..., Value]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
+    "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b, "neg": lambda a: -a, "pow": lambda a, b: a**b,
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
+    "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,
+    "not": lambda a: ~a if isinstance(a, Tensor) else not a,
+    "where": lambda c, a, b: torch.where(c, a, b) if isinstance(c, Tensor) else (a if c else b),
+    "minimum": lambda a, b: torch.minimum(*_pair(a, b)), "maximum": lambda a, b: torch.maximum(*_pair(a, b)),
+    "abs": abs,
+    "exp": lambda a: torch.exp(_as_tensor(a)), "log": lambda a: torch.log(_as_tensor(a)), "sqrt": lambda a: torch.sqrt(_as_tensor(a)),
+    "rsqrt": lambda a: torch.rsqrt(_as_tensor(a)), "tanh": lambda a: torch.tanh(_as_tensor(a)),
+    "sigmoid": lambda a: torch.sigmoid(_as_tensor(a)), "sin": lambda a: torch.sin(_as_tensor(a)),
+    "cos": lambda a: torch.cos(_as_tensor(a)), "floor": lambda a: torch.floor(_as_tensor(a)),
+    "ceil": lambda a: torch.ceil(_as_tensor(a)), "erf": lambda a: torch.erf(_as_tensor(a)),
+    "to_float": _to_float, "to_int": lambda a: a.to(torch.int64) if isinstance(a, Tensor) else int(a),
+    "to_bool": lambda a: a.to(torch.bool) if isinstance(a, Tensor) else bool(a),
+    "round_f16": _rounded(torch.float16), "round_bf16": _rounded(torch.bfloat16),
+}  # fmt: skip
+
+
+def _pair(left: Value, right: Value) -> tuple[Tensor, Tensor]:
+    a, b = torch.broadcast_tensors(_as_tensor(left), _as_tensor(right))
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a.to(common), b.to(common)
+
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _fmix32(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 on 32-bit words held in int64."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
+def uniform(seed: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
+    """The stream of `Uniform`: float32 in [0, 1), the same on every lowering and device.
+
+    `row` is (b * H + h) * M + q_idx. One 32-bit hash per row, one more per pair; the top 24 bits make the number."""
+    seed = seed.to(torch.int64)
+    state = _fmix32((row & _MASK32) ^ (seed & _MASK32))
+    state = _fmix32(state ^ ((row >> 32) & _MASK32) ^ ((seed >> 32) & _MASK32))
+    bits = _fmix32((state + kv_idx * 0x9E3779B9) & _MASK32)
+    return (bits >> 8).to(torch.float32) * 2.0**-24
+
+
+@dataclass
+class Block:
+    """A box of positions and the operands, over which expressions are evaluated.
+
+    `positions` maps an axis name to an int64 tensor of shape [.., 1, ..] along that axis' place in (b, h, q_idx, kv_idx); results
+    broadcast to the box. Floating operands are read in `dtype`; `sizes` holds the run-time integers, `extents` those of the axes.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    extents: Mapping[str, int]
+    positions: Mapping[str, Tensor]
+    dtype: torch.dtype
+    memo: dict[Expr, Value] = field(default_factory=dict)
+
+    def __call__(self, expr: Expr) -> Value:
+        if expr not in self.memo:
+            self.memo[expr] = self._evaluate(expr)
+        return self.memo[expr]
+
+    def tensor(self, expr: Expr) -> Tensor:
+        """The value as a tensor that broadcasts to the box."""
+        value = self(expr)
+        if isinstance(value, Tensor):
+            return value
+        device = self.positions["b"].device
+        dtype = self.dtype if isinstance(value, float) else None
+        return torch.tensor(value, dtype=dtype, device=device)
+
+    def _evaluate(self, expr: Expr) -> Value:
+        if isinstance(expr, Const):
+            return expr.value
+        if isinstance(expr, Axis):
+            return self.positions[expr.name]
+        if isinstance(expr, Size):
+            return self.sizes[expr.name]
+        if isinstance(expr, Read):
+            return self._element(expr)
+        if isinstance(expr, Dot):
+            left, right = self.vectors(expr.left), self.vectors(expr.right)
+            return torch.matmul(left.squeeze(3), right.squeeze(2).transpose(-1, -2))
+        if isinstance(expr, Uniform):
+            extents, at = self.extents, self.positions
+            row = (at["b"] * extents["h"] + at["h"]) * extents["q_idx"] + at["q_idx"]
+            return uniform(self.tensors[expr.seed.tensor].reshape(()), row, at["kv_idx"]).to(self.dtype)
+        assert isinstance(expr, Apply)
+        args = [self(arg) for arg in expr.args]
+        if expr.op == "to_float" and isinstance(args[0], Tensor):
+            return args[0].to(self.dtype)
+        if expr.op == "div":
+            args = [a.to(self.dtype) if isinstance(a, Tensor) and not a.is_floating_point() else a for a in args]
+        return TORCH[expr.op](*args)
+
+    def _element(self, read: Read) -> Tensor:
+        value = self._at(read)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def vectors(self, read: Read) -> Tensor:
+        """A vector read over its box: [b, h, q_idx, kv_idx, D], with size 1 along axes that it does not vary with."""
+        value = self._at(read).to(self.dtype)
+        return value.reshape((1,) * (5 - value.dim()) + value.shape)
+
+    def _at(self, read: Read) -> Tensor:
+        """tensor[index] by plain slices where each axis indexes its own dimension, else by gathering."""
+        tensor = self.tensors[read.tensor]
+        if not read.index:
+            return tensor
+        index = []
+        for entry, extent in zip(read.index, tensor.shape, strict=False):
+            value = self(entry)
+            if isinstance(value, Tensor) and axes_of(entry):
+                # a branch of `where` may read outside; its value is never used there
+                value = value.to(torch.int64).clamp(0, max(extent - 1, 0)) if not isinstance(entry, Axis) else value
+            index.append(value)
+        if not any(isinstance(value, Tensor) for value in index):
+            found = tensor[tuple(index)]
+            return found.reshape((1, 1, 1, 1) + found.shape) if found.dim() else found
+        device = tensor.device
+        return tensor[tuple(v.to(device) if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in index)]
+
+
+def whole(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int], dtype: torch.dtype, device: torch.device
+) -> Block:
+    """The box of all positions of a program."""
+    positions = {}
+    for place, axis in enumerate(AXES):
+        shape = [1, 1, 1, 1]
+        shape[place] = extents[axis.name]
+        positions[axis.name] = torch.arange(extents[axis.name], device=device).reshape(shape)
+    return Block(tensors, sizes, extents, positions, dtype)
+
+
+def integer(expr: Expr, sizes: Mapping[str, int]) -> int:
+    """An expression of sizes and literals as a number. Raises: InvalidProgram if it depends on anything else."""
+    if isinstance(expr, Const):
+        return int(expr.value)
+    if isinstance(expr, Size):
+        return sizes[expr.name]
+    if isinstance(expr, Apply):
+        return int(TORCH[expr.op](*(integer(arg, sizes) for arg in expr.args)))  # type: ignore[arg-type]
+    raise InvalidProgram("a size depends on a position or a tensor")

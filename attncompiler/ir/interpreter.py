@@ -1,0 +1,53 @@
+"""The meaning of the language: every program evaluated densely, in float64, in plain differentiable torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attncompiler.ir.evaluate import integer, whole
+from attncompiler.ir.expr import AXES, ONE, TRUE
+from attncompiler.ir.program import Attention, Empty
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """O [b, h, q_idx, Dv] and lse [b, h, q_idx] (natural log), both float64."""
+
+    o: Tensor
+    lse: Tensor
+
+
+def extents_of(program: Attention, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The four axis sizes as numbers."""
+    return {axis.name: integer(program.axes.size(axis), sizes) for axis in AXES}
+
+
+def interpret(
+    program: Attention, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], dtype: torch.dtype = torch.float64
+) -> Outputs:
+    """Run `program` as it is defined. Gradients flow to every floating operand through torch's own autograd.
+
+    Memory grows with q_idx * kv_idx: for tests and for `explain`, not for use. `dtype` other than float64 gives the
+    same-precision eager code that kernels are compared with."""
+    extents = extents_of(program, sizes)
+    device = tensors[program.sum.tensor].device
+    block = whole(tensors, sizes, extents, dtype, device)
+    shape = tuple(extents[axis.name] for axis in AXES)
+    score = block.tensor(program.score).to(dtype).expand(shape)
+    keep = program.keep
+    if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
+        score = score.masked_fill(~block.tensor(keep.predicate), float("-inf"))
+    extra = [block.tensor(e).to(dtype).expand(*shape[:3], 1) for e in program.weigh.extra]
+    logits = torch.cat([score, *extra], dim=-1) if extra else score
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : shape[3]]
+    if keep.empty is Empty.ZERO:
+        weights = weights.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
+    if program.adjust != ONE:
+        weights = weights * block.tensor(program.adjust)
+    value = block.vectors(program.sum)  # [b, h, 1, kv_idx, Dv]
+    return Outputs(torch.matmul(weights, value.squeeze(2)), lse)

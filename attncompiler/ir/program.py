@@ -1,0 +1,196 @@
+"""What an attention program is: the nodes of the clause form.
+
+    axes   sizes of b, h, q_idx, kv_idx          score   s, an expression of dot products, positions and tensor reads
+    read   the tensors, their shapes and dtypes   keep    which pairs take part, and what an empty row gives
+    weigh  the normaliser                         adjust  a factor on each weight after normalising
+    sum    the value vectors                      return  what the caller reads
+
+`select`, `route` and `state` extend this form; docs/design.md says where each of them attaches.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from attncompiler.ir.expr import (
+    AXES,
+    ONE,
+    OPERATORS,
+    TRUE,
+    Apply,
+    Axis,
+    Const,
+    Dot,
+    Expr,
+    Kind,
+    Read,
+    Size,
+    Uniform,
+    axes_of,
+    dots_of,
+    reads_of,
+    walk,
+)
+
+
+class Dtype(enum.Enum):
+    """Element types of operands, under the names they have in a program's text."""
+
+    F64 = "f64"
+    F32 = "f32"
+    BF16 = "bf16"
+    F16 = "f16"
+    BOOL = "bool"
+    U8 = "u8"
+    I8 = "i8"
+    I16 = "i16"
+    I32 = "i32"
+    I64 = "i64"
+
+    @property
+    def kind(self) -> Kind:
+        if self is Dtype.BOOL:
+            return Kind.BOOL
+        return Kind.FLOAT if self in (Dtype.F64, Dtype.F32, Dtype.BF16, Dtype.F16) else Kind.INT
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDecl:
+    """An operand: `q: bf16[B, 8, M, 64]`. A size is a literal or the name of a run-time integer."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The sizes of the four axes, each a literal or a run-time integer (a grouped batch may be a product of them)."""
+
+    b: Expr
+    h: Expr
+    q_idx: Expr
+    kv_idx: Expr
+
+    def size(self, axis: Axis) -> Expr:
+        value: Expr = getattr(self, axis.name)
+        return value
+
+
+class Empty(enum.Enum):
+    """What happens outside `keep`, and so what a row that keeps no key gives."""
+
+    NAN = "nan"  # the score there is -inf: softmax over an empty row is 0 / 0
+    ZERO = "zero"  # as NAN, but an empty row gives O = 0 (and lse = -inf): scaled_dot_product_attention
+    SCORE = "score"  # `score` holds a finite mask itself: outside `keep` a weight is 0 if its row keeps any key,
+    #                  and a row that keeps none is the softmax of `score` over ALL keys (uniform for finfo.min)
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A predicate over b, h, q_idx, kv_idx; TRUE keeps every pair."""
+
+    predicate: Expr = TRUE
+    empty: Empty = Empty.NAN
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """exp(s) / (sum_j exp(s) + sum_e exp(e)) for each row; `extra` are virtual scores over b, h, q_idx (sinks; softmax + 1 is extra 0)."""
+
+    extra: tuple[Expr, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The user's line, "file.py:41"; empty for declared programs."""
+
+    line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """O[b, h, i] = sum_j weigh(score where keep)[j] * adjust[j] * value[j], for each b, h and query i.
+
+    Outputs: O [b, h, q_idx, Dv] in the dtype of the value operand; lse [b, h, q_idx] float32 (float64 for f64), natural log of
+    the denominator, extra scores included.
+    """
+
+    axes: Axes
+    tensors: tuple[TensorDecl, ...]
+    score: Expr
+    keep: Keep
+    weigh: Softmax
+    adjust: Expr  # ONE changes nothing
+    sum: Read  # a vector over the channels of the value
+    origin: Origin = Origin()
+
+    @property
+    def decls(self) -> Mapping[str, TensorDecl]:
+        return {decl.name: decl for decl in self.tensors}
+
+    @property
+    def value(self) -> TensorDecl:
+        return self.decls[self.sum.tensor]
+
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        """Every expression of the program, clause by clause."""
+        return (self.score, self.keep.predicate, *self.weigh.extra, self.adjust, self.sum)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the run-time integers, in order of first use."""
+        roots: list[Expr] = [self.axes.size(axis) for axis in AXES]
+        roots += [size for decl in self.tensors for size in decl.shape]
+        roots += self.expressions
+        names = [node.name for root in roots for node in walk(root) if isinstance(node, Size)]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def vectors(self) -> frozenset[str]:
+        """Operands that are read as vectors: both sides of every dot product, and the value."""
+        names = {self.sum.tensor}
+        for expr in (self.score, *self.weigh.extra, self.adjust):
+            for dot in dots_of(expr):
+                names |= {dot.left.tensor, dot.right.tensor}
+        return frozenset(names)
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """Operands that can carry a gradient: the floating ones that reach the output other than through a predicate."""
+        used = {read.tensor for expr in (self.score, *self.weigh.extra, self.adjust) for read in reads_of(expr)}
+        used.add(self.sum.tensor)
+        return tuple(decl.name for decl in self.tensors if decl.name in used and decl.dtype.kind is Kind.FLOAT)
+
+
+def kind_of(expr: Expr, decls: Mapping[str, TensorDecl]) -> Kind:
+    """What `expr` evaluates to, given the dtypes of the tensors that it reads."""
+    if isinstance(expr, Const):
+        if isinstance(expr.value, bool):
+            return Kind.BOOL
+        return Kind.INT if isinstance(expr.value, int) else Kind.FLOAT
+    if isinstance(expr, Axis | Size):
+        return Kind.INT
+    if isinstance(expr, Dot | Uniform):
+        return Kind.FLOAT
+    if isinstance(expr, Read):
+        return decls[expr.tensor].dtype.kind
+    assert isinstance(expr, Apply)
+    fixed = OPERATORS[expr.op].kind
+    if fixed is not None:
+        return fixed
+    operands = expr.args[1:] if expr.op == "where" else expr.args
+    kinds = {kind_of(arg, decls) for arg in operands}
+    return next(kind for kind in (Kind.FLOAT, Kind.INT, Kind.BOOL) if kind in kinds)
+
+
+def pair_axes(expr: Expr) -> tuple[bool, bool]:
+    """Whether `expr` varies with q_idx, and whether it varies with kv_idx."""
+    axes = axes_of(expr)
+    return "q_idx" in axes, "kv_idx" in axes
+
+
+UNADJUSTED = ONE

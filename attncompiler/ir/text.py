@@ -1,0 +1,231 @@
+"""A program as text, and back. The text is what `explain` shows, what tests compare and what the registered op carries.
+
+attention                                              # model.py:41
+  axes    b=B, h=8, q_idx=M, kv_idx=N
+  read    q: bf16[B, 8, M, 64], k: bf16[B, 2, N, 64], v: bf16[B, 2, N, 64]
+  score   dot(q[b, h, q_idx], k[b, h // 4, kv_idx]) * 0.125
+  keep    kv_idx <= q_idx else nan
+  weigh   softmax
+  sum     v[b, h // 4, kv_idx]
+
+`weigh softmax(sink[h], 0.0)` lists extra scores; `adjust` is printed when it is not 1, `keep` when it drops a pair.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+
+from attncompiler.errors import ParseError
+from attncompiler.ir.expr import (
+    AXES,
+    ONE,
+    OPERATORS,
+    Apply,
+    Axis,
+    Const,
+    Dot,
+    Expr,
+    Read,
+    Size,
+    Uniform,
+    apply,
+)
+from attncompiler.ir.program import Attention, Axes, Dtype, Empty, Keep, Origin, Softmax, TensorDecl
+
+# Python's own precedences, so that the text reads and parses as Python.
+_PRECEDENCE = {
+    "or": 4, "xor": 5, "and": 6, "eq": 3, "ne": 3, "lt": 3, "le": 3, "gt": 3, "ge": 3,
+    "add": 8, "sub": 8, "mul": 9, "div": 9, "floordiv": 9, "mod": 9, "neg": 10, "not": 10, "pow": 11,
+}  # fmt: skip
+_COMPARISON = 3
+_AXIS_NAMES = {axis.name: axis for axis in AXES}
+
+
+def expr_text(expr: Expr) -> str:
+    """`expr` as Python source over the axes, sizes and tensors by name."""
+    return _print(expr)[0]
+
+
+def _print(expr: Expr) -> tuple[str, int]:
+    atom = 100
+    if isinstance(expr, Const):
+        text = _number(expr.value)
+        return text, atom if not text.startswith("-") else _PRECEDENCE["neg"]
+    if isinstance(expr, Axis | Size):
+        return expr.name, atom
+    if isinstance(expr, Read):
+        return f"{expr.tensor}[{_sizes(expr.index)}]", atom
+    if isinstance(expr, Dot):
+        return f"dot({expr_text(expr.left)}, {expr_text(expr.right)})", atom
+    if isinstance(expr, Uniform):
+        return f"uniform({expr_text(expr.seed)})", atom
+    assert isinstance(expr, Apply)
+    symbol = OPERATORS[expr.op].symbol
+    if not symbol:
+        return f"{expr.op}({', '.join(expr_text(arg) for arg in expr.args)})", atom
+    level = _PRECEDENCE[expr.op]
+    if len(expr.args) == 1:
+        return f"{symbol}{_wrapped(expr.args[0], level)}", level
+    left, right = expr.args
+    tight = level + 1
+    if level == _COMPARISON or expr.op == "pow":  # neither chains to the left
+        return f"{_wrapped(left, tight)} {symbol} {_wrapped(right, tight)}", level
+    return f"{_wrapped(left, level)} {symbol} {_wrapped(right, tight)}", level
+
+
+def _wrapped(expr: Expr, minimum: int) -> str:
+    text, level = _print(expr)
+    return text if level >= minimum else f"({text})"
+
+
+def _number(value: bool | int | float) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return repr(value)
+
+
+def to_text(program: Attention) -> str:
+    """The whole program; `parse` gives it back, origin included."""
+    axes = ", ".join(f"{axis.name}={expr_text(program.axes.size(axis))}" for axis in AXES)
+    reads = ", ".join(f"{d.name}: {d.dtype.value}[{_sizes(d.shape)}]" for d in program.tensors)
+    extra = ", ".join(expr_text(e) for e in program.weigh.extra)
+    lines = [
+        "attention" + (f"  # {program.origin.line}" if program.origin.line else ""),
+        f"  axes    {axes}",
+        f"  read    {reads}",
+        f"  score   {expr_text(program.score)}",
+    ]
+    if program.keep != Keep():
+        lines.append(f"  keep    {expr_text(program.keep.predicate)} else {program.keep.empty.value}")
+    lines.append(f"  weigh   softmax({extra})" if extra else "  weigh   softmax")
+    if program.adjust != ONE:
+        lines.append(f"  adjust  {expr_text(program.adjust)}")
+    lines.append(f"  sum     {expr_text(program.sum)}")
+    return "\n".join(lines) + "\n"
+
+
+def _sizes(shape: tuple[Expr, ...]) -> str:
+    return ", ".join(expr_text(size) for size in shape) or "()"
+
+
+# ---------------------------------------------------------------------------------------------------------- parsing
+
+_BINARY = {
+    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.FloorDiv: "floordiv", ast.Mod: "mod", ast.Pow: "pow",
+    ast.BitAnd: "and", ast.BitOr: "or", ast.BitXor: "xor",
+}  # fmt: skip
+_UNARY = {ast.USub: "neg", ast.Invert: "not"}
+_COMPARE = {ast.Eq: "eq", ast.NotEq: "ne", ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge"}
+
+
+def parse_expr(text: str) -> Expr:
+    """The expression that `text` prints. Names that are not axes are run-time sizes.
+
+    Raises: ParseError with the offending piece."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise ParseError(f"not an expression: {text.strip()!r}", why=str(error)) from None
+    return _build(tree.body)
+
+
+def _build(node: ast.expr) -> Expr:
+    match node:
+        case ast.Constant(value=bool() | int() | float() as value):
+            return Const(value)
+        case ast.Name(id=name):
+            if name in _AXIS_NAMES:
+                return _AXIS_NAMES[name]
+            if name in ("inf", "nan"):
+                return Const(float(name))
+            return Size(name)
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+            return apply(_UNARY[type(op)], _build(operand))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return apply(_BINARY[type(op)], _build(left), _build(right))
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+            return apply(_COMPARE[type(op)], _build(left), _build(right))
+        case ast.Subscript(value=ast.Name(id=name), slice=index):
+            entries = index.elts if isinstance(index, ast.Tuple) else [index]
+            return Read(name, tuple(_build(entry) for entry in entries))
+        case ast.Call(func=ast.Name(id="dot"), args=[left, right]):
+            a, b = _build(left), _build(right)
+            if isinstance(a, Read) and isinstance(b, Read):
+                return Dot(a, b)
+        case ast.Call(func=ast.Name(id="uniform"), args=[seed]):
+            read = _build(seed)
+            if isinstance(read, Read):
+                return Uniform(read)
+        case ast.Call(func=ast.Name(id=name), args=args) if name in OPERATORS and len(args) == OPERATORS[name].arity:
+            return apply(name, *(_build(arg) for arg in args))
+    raise ParseError(f"not in the language: {ast.unparse(node)!r}", do="see docs/language.md for the operators")
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(text: str) -> Attention:
+    """The program that `to_text` printed. Raises: ParseError naming the clause."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines or lines[0].split("#")[0].strip() != "attention":
+        raise ParseError("a program begins with the line 'attention'")
+    origin = Origin(lines[0].partition("#")[2].strip())
+    clauses: dict[str, str] = {}
+    for line in lines[1:]:
+        name, _, body = line.strip().partition(" ")
+        if name not in ("axes", "read", "score", "keep", "weigh", "adjust", "sum") or name in clauses:
+            raise ParseError(f"unknown or repeated clause {name!r}")
+        clauses[name] = body.strip()
+    missing = {"axes", "read", "score", "weigh", "sum"} - clauses.keys()
+    if missing:
+        raise ParseError(f"the program has no clause {sorted(missing)[0]!r}")
+    sizes = _keywords(clauses["axes"])
+    if sizes.keys() != _AXIS_NAMES.keys():
+        raise ParseError(f"axes are {', '.join(_AXIS_NAMES)}", where=clauses["axes"])
+    value = parse_expr(clauses["sum"])
+    if not isinstance(value, Read):
+        raise ParseError(f"sum takes one tensor read, not {clauses['sum']!r}")
+    return Attention(
+        axes=Axes(**sizes),
+        tensors=_declarations(clauses["read"]),
+        score=parse_expr(clauses["score"]),
+        keep=_keep(clauses.get("keep", "True else nan")),
+        weigh=_weigh(clauses["weigh"]),
+        adjust=parse_expr(clauses.get("adjust", "1")),
+        sum=value,
+        origin=origin,
+    )
+
+
+def _keywords(text: str) -> dict[str, Expr]:
+    call = ast.parse(f"axes({text})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(word.arg): _build(word.value) for word in call.keywords}
+
+
+def _declarations(text: str) -> tuple[TensorDecl, ...]:
+    mapping = ast.parse("{" + text + "}", mode="eval").body
+    assert isinstance(mapping, ast.Dict)
+    decls = []
+    for key, spec in zip(mapping.keys, mapping.values, strict=True):
+        if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and isinstance(spec.value, ast.Name)):
+            raise ParseError(f"a tensor is declared as name: dtype[sizes], not {text!r}")
+        entries = spec.slice.elts if isinstance(spec.slice, ast.Tuple) else [spec.slice]
+        decls.append(TensorDecl(key.id, Dtype(spec.value.id), tuple(_build(entry) for entry in entries)))
+    return tuple(decls)
+
+
+def _keep(text: str) -> Keep:
+    predicate, separator, empty = text.rpartition(" else ")
+    if not separator or empty not in {e.value for e in Empty}:
+        raise ParseError(f"keep is written 'PREDICATE else nan|zero|score', not {text!r}")
+    return Keep(parse_expr(predicate), Empty(empty))
+
+
+def _weigh(text: str) -> Softmax:
+    call = ast.parse(text, mode="eval").body
+    if isinstance(call, ast.Name) and call.id == "softmax":
+        return Softmax()
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "softmax":
+        return Softmax(tuple(_build(arg) for arg in call.args))
+    raise ParseError(f"weigh is softmax or softmax(extra scores), not {text!r}")
