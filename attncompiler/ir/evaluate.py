@@ -181,11 +181,15 @@ def whole(
 
 
 def integer(expr: Expr, sizes: Mapping[str, int]) -> int:
-    """An expression of sizes and literals as a number. Raises: InvalidProgram if it depends on anything else."""
-    if isinstance(expr, Const):
-        return int(expr.value)
+    """An expression of sizes and literals as a number (symbolic sizes stay symbolic).
+
+    Raises: InvalidProgram if it depends on anything else."""
+    if isinstance(expr, Const) and type(expr.value) is int:
+        return expr.value
     if isinstance(expr, Size):
         return sizes[expr.name]
     if isinstance(expr, Apply):
-        return int(TORCH[expr.op](*(integer(arg, sizes) for arg in expr.args)))  # type: ignore[arg-type]
+        result = TORCH[expr.op](*(integer(arg, sizes) for arg in expr.args))
+        assert not isinstance(result, Tensor)
+        return result  # type: ignore[return-value]
     raise InvalidProgram("a size depends on a position or a tensor")

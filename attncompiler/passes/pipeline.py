@@ -1,0 +1,83 @@
+"""The compile of one graph, in order: capture, recognise, rewrite. `TORCH_LOGS="+attncompiler"` prints every program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from attncompiler.errors import AttnCompilerError
+from attncompiler.explanation import Missed
+from attncompiler.ir.text import to_text
+from attncompiler.passes.contraction import contraction_of
+from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.normalise import capture, source_line
+from attncompiler.passes.recognise import NORMALISERS, Refusal, Site, recognise, trained_nodes
+from attncompiler.passes.rewrite import rewrite
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """A graph with its attentions replaced, the sites that were, and those that were not with the reason."""
+
+    module: GraphModule
+    sites: tuple[Site, ...]
+    missed: tuple[Missed, ...]
+
+
+def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
+    """Needs: Dynamo's graph and its inputs. Ensures: an equal graph whose recognised attentions are single ops."""
+    captured = capture(module, inputs)
+    sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)))
+    covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
+    missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)
+    left = rewrite(captured, sites)
+    missed += [Missed(reason, site.program.origin.line, _ADVICE.get(reason, "")) for site, reason in left]
+    untaken = {id(site) for site, _ in left}
+    taken = tuple(site for site in sites if id(site) not in untaken)
+    for site in taken:
+        log.debug("taken:\n%s", to_text(site.program))
+    for miss in missed:
+        log.debug("left to the inner compiler: %s: %s", miss.source_location, miss.reason)
+    return CompiledGraph(captured, taken, tuple(missed))
+
+
+_ADVICE = {
+    "the attention weights are read by other code, so they are materialised anyway": "do not return the weights where they are not needed"
+}
+
+
+def _missed(refusal: Refusal) -> Missed:
+    error: AttnCompilerError = refusal.error
+    reason = f"{error.what}: {error.why}" if error.why else error.what
+    return Missed(reason, source_line(refusal.output), error.do)
+
+
+def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:
+    """Softmaxes of products of activations whose weights meet no product with values that was looked at."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "call_function" and base_name(node.target) in NORMALISERS and node not in covered:
+            if any(contraction_of(n) is not None for n in _elementwise_cone(node)):
+                found.append(Missed("the softmax of a product is not summed over values", source_line(node)))
+    return found
+
+
+def _elementwise_cone(node: Node) -> set[Node]:
+    seen: set[Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack and len(seen) < 200:
+        current = stack.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        if contraction_of(current) is None and base_name(current.target) not in NORMALISERS:
+            stack.extend(current.all_input_nodes)
+    return seen
+
+

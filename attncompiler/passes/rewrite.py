@@ -1,0 +1,152 @@
+"""Replace recognised attentions in the graph by the registered op."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from attncompiler.errors import Unrecognised
+from attncompiler.ir.text import to_text
+from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.normalise import is_view
+from attncompiler.passes.reader import Operand
+from attncompiler.passes.recognise import Site
+
+aten = torch.ops.aten
+
+
+def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
+    """Needs: sites of this graph. Ensures: each taken site's product is the op, and what only it used is gone.
+
+    Returns: the sites that were left, with the reason: their weights or scores are read by other code too, or an operand changes in
+    place in between."""
+    left = [(site, reason) for site in sites if (reason := _changed_in_place(module.graph, site))]
+    dropped = {id(site) for site, _ in left}
+    wanted = [site for site in sites if id(site) not in dropped]
+    while True:  # leaving one site can keep the weights of another alive
+        alive = _alive_without(module.graph, {site.output for site in wanted}, wanted)
+        kept = [site for site in wanted if not (site.softmax_nodes & alive)]
+        if len(kept) == len(wanted):
+            break
+        left += [(site, _WEIGHTS_READ) for site in wanted if site.softmax_nodes & alive]
+        wanted = kept
+    for site in wanted:
+        _replace(module.graph, site)
+    _drop_dead_code(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return left
+
+
+_WEIGHTS_READ = "the attention weights are read by other code, so they are materialised anyway"
+
+
+def _changed_in_place(graph: Graph, site: Site) -> str:
+    """A reason, if an operand's memory is written between where it is first read and the op; "" if not."""
+    roots = {_root(operand.node) for operand in site.operands}
+    first = min((user for operand in site.operands for user in operand.node.users), default=site.output)
+    for node in graph.nodes:
+        if first < node < site.output and node.op == "call_function" and _writes(node):
+            target = node.args[0]
+            if isinstance(target, Node) and _root(target) in roots:
+                return f"an operand is changed in place by {base_name(node.target)} before it is used"
+    return ""
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _root(node: Node) -> Node:
+    """The tensor whose memory `node` may show."""
+    while node.op == "call_function" and is_view(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[Node]:
+    """Nodes still needed once the products in `outputs` take their operands directly."""
+    operands = {site.output: [operand.node for operand in site.operands if not operand.is_seed] for site in sites}
+    alive: set[Node] = set()
+    stack = [n for n in graph.nodes if n.op == "output" or (n.op == "call_function" and _has_effect(n))]
+    while stack:
+        node = stack.pop()
+        if node in alive:
+            continue
+        alive.add(node)
+        stack.extend(operands[node] if node in outputs else node.all_input_nodes)
+    return alive
+
+
+def _has_effect(node: Node) -> bool:
+    return _writes(node) or not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
+
+
+def _drop_dead_code(graph: Graph) -> None:
+    def needed(node: Node) -> bool:
+        return node.op in ("placeholder", "output") or _has_effect(node)
+
+    graph.eliminate_dead_code(is_impure_node=needed)
+
+
+# ------------------------------------------------------------------------------------------------- building the op
+
+
+def _replace(graph: Graph, site: Site) -> None:
+    node = site.output
+    with graph.inserting_before(node):
+        operands = [_operand(graph, operand) for operand in site.operands]
+        sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
+        result = graph.call_function(torch.ops.attncompiler.attention.default, (operands, sizes, to_text(site.program)))
+        o = graph.call_function(operator.getitem, (result, 0))
+        split = [_extent(graph, node, extent) for extent in site.split]
+        o = graph.call_function(aten.reshape.default, (o, split))
+        if site.permutation != tuple(range(len(site.permutation))):
+            o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
+    for new in (result, o):
+        new.meta["stack_trace"] = node.meta.get("stack_trace")
+    o.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(o)
+    graph.erase_node(node)
+
+
+def _operand(graph: Graph, operand: Operand) -> Node:
+    node = operand.node
+    if operand.is_seed:
+        device = node.meta["val"].device
+        return graph.call_function(
+            aten.randint.low, (-(2**62), 2**62, [1]), {"dtype": torch.int64, "device": device, "pin_memory": False}
+        )
+    if operand.channel_place is not None:
+        order = [d for d in range(node.meta["val"].dim()) if d != operand.channel_place] + [operand.channel_place]
+        node = graph.call_function(aten.permute.default, (node, order))
+    if operand.dtype is not None:
+        node = graph.call_function(aten.to.dtype, (node, operand.dtype))
+    return node
+
+
+def _extent(graph: Graph, before: Node, extent: int | torch.SymInt) -> int | Node:
+    if isinstance(extent, int):
+        return extent
+    return _symbolic(graph, before, str(extent.node.expr))
+
+
+def _symbolic(graph: Graph, before: Node, text: str) -> Node:
+    """A node of the graph whose value is the symbolic size that prints as `text`."""
+
+    def matches(value: object) -> bool:
+        return isinstance(value, torch.SymInt) and str(value.node.expr) == text
+
+    for node in graph.nodes:
+        if node is before:
+            break
+        value = node.meta.get("val")
+        if matches(value):
+            return node
+        if isinstance(value, torch.Tensor) and node.op != "output":
+            for dim, size in enumerate(value.shape):
+                if matches(size):
+                    return graph.call_function(aten.sym_size.int, (node, dim))
+    raise Unrecognised(f"the size {text} is not available where the attention runs")
