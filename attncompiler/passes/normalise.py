@@ -10,7 +10,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -70,9 +70,13 @@ def is_view(node: Node) -> bool:
 
 
 def out_of_place(module: GraphModule) -> None:
-    """Needs: a captured graph. Ensures: no in-place operator on a fresh tensor that nothing else aliases. Keeps: values."""
+    """Needs: a captured graph. Ensures: no in-place operator on a fresh tensor that nothing else aliases, and no assignment to a
+    slice of one. Keeps: values."""
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+            continue
+        if node.target is torch.ops.aten.copy_.default:
+            _scatter_instead(module.graph, node)
             continue
         functional = _functional(node.target) if node.target._schema.is_mutable else None
         changed = node.args[0]
@@ -86,6 +90,48 @@ def out_of_place(module: GraphModule) -> None:
         for user in later:
             user.replace_input_with(changed, node)
     module.recompile()
+
+
+_SCATTERS = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
+
+
+def _scatter_instead(graph: Graph, write: Node) -> None:
+    """x[a:b] = y, as Dynamo writes it (a chain of slices and a copy_), becomes x2 = slice_scatter(x, y, a, b); x[:] = y becomes y."""
+    target, source = write.args[:2]
+    assert isinstance(target, Node) and isinstance(source, Node)
+    written = target
+    chain = []
+    while target.target in _SCATTERS:
+        chain.append(target)
+        base = target.args[0]
+        assert isinstance(base, Node)
+        target = base
+    others = {user for owner in (target, *chain) for user in owner.users if user < write and is_view(user)}
+    if source.meta["val"].dtype != target.meta["val"].dtype or is_view(target) or any(_seen_later(view, write) for view in others):
+        return
+    with graph.inserting_before(write):
+        value = source
+        if source.meta["val"].shape != written.meta["val"].shape:
+            value = graph.call_function(torch.ops.aten.expand_as.default, (source, written))
+            value.meta.update(val=written.meta["val"], stack_trace=write.meta.get("stack_trace"))
+        copied = value
+        for view in chain:
+            base = view.args[0]
+            assert isinstance(base, Node)
+            value = graph.call_function(_SCATTERS[view.target], (base, value, *view.args[1:]))
+            value.meta.update(val=base.meta["val"], stack_trace=write.meta.get("stack_trace"))
+    for user in [user for user in target.users if _comes_after(user, write)]:
+        user.replace_input_with(target, value)
+    write.replace_all_uses_with(copied)
+    graph.erase_node(write)
+
+
+def _seen_later(view: Node, write: Node) -> bool:
+    """True where a view taken before the write is read after it."""
+    return any(_comes_after(user, write) or (is_view(user) and _seen_later(user, write)) for user in view.users)
 
 
 def _sole_owner(tensor: Node, writer: Node) -> bool:

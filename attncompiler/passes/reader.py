@@ -237,9 +237,9 @@ class Reader:
         if "kv_idx" in axes_of(left) or "q_idx" in axes_of(right):
             return None  # the vectors themselves depend on the pair: read the product as a tensor
         result: Expr = Dot(left, right)
-        for scale in (left_scale, right_scale, product.alpha):
-            if scale != 1.0:
-                result = mul(result, Const(scale))
+        scale = left_scale * right_scale * product.alpha
+        if scale != 1.0:
+            result = mul(result, Const(scale))
         if product.bias is not None:
             bias = self.operand(product.bias, [self.extent_of(product, c) for c in product.out_letters], index)
             result = add(result, bias if product.beta == 1.0 else mul(bias, Const(product.beta)))
@@ -344,6 +344,9 @@ class Reader:
         dim = dims[0] % source.meta["val"].dim()
         keeps = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
         inner = index[:dim] + (KV,) + index[dim + (1 if keeps else 0) :]
+        body = self.element(source, inner)
+        if not any(isinstance(n, Dot | Weights) for n in walk(body)):
+            return None  # a sum of something that is no score
         return RowReduce(op, source, inner)
 
 
@@ -460,6 +463,26 @@ def _runs_to_end(node: Node, source: Node, dim: int) -> bool:
     if value is None or (isinstance(value, int) and value >= 2**31):
         return True
     return same(value, shape_of(source)[dim])
+
+
+def _slice_scatter(reader: Reader, node: Node, index: Index) -> Expr | None:
+    """base with [start, end) along one dimension taken from another tensor."""
+    base, source = node.args[:2]
+    assert isinstance(base, Node) and isinstance(source, Node)
+    dim = (node.args[2] if len(node.args) > 2 else 0) % len(index)  # type: ignore[operator]
+    start = node.args[3] if len(node.args) > 3 and node.args[3] is not None else 0
+    step = node.args[5] if len(node.args) > 5 else 1
+    length = shape_of(source)[dim]
+    if not isinstance(start, int) or start < 0 or step != 1:
+        return None
+    local = sub(index[dim], Const(start))
+    inner = reader.element(source, index[:dim] + (local,) + index[dim + 1 :])
+    if same(length, shape_of(base)[dim]) or reader.space.below(local, length):
+        return inner
+    inside = apply("lt", local, size_expr(length))
+    if start > 0:
+        inside = apply("and", apply("ge", local, ZERO), inside)
+    return apply("where", inside, inner, reader.element(base, index))
 
 
 def _select(reader: Reader, node: Node, index: Index) -> Expr | None:
@@ -685,7 +708,7 @@ HANDLERS: Mapping[str, Handler] = {
     **{name: _through(move) for name, move in MOVES.items()},
     **dict.fromkeys(SAME_ELEMENT, _same_element),
     **dict.fromkeys(CASTS, _cast),
-    "slice": _slice, "narrow": _not_understood, "select": _select, "repeat": _repeat, "flip": _flip, "cat": _cat, "concat": _cat,
+    "slice": _slice, "narrow": _not_understood, "select": _select, "slice_scatter": _slice_scatter, "repeat": _repeat, "flip": _flip, "cat": _cat, "concat": _cat,
     "stack": _stack, "constant_pad_nd": _pad, "pad": _pad, "index": _advanced_index,
     "ones": _filled(lambda n: 1), "zeros": _filled(lambda n: 0), "ones_like": _filled(lambda n: 1), "zeros_like": _filled(lambda n: 0),
     "new_ones": _filled(lambda n: 1), "new_zeros": _filled(lambda n: 0), "full": _filled(lambda n: n.args[1]),
