@@ -13,7 +13,7 @@ from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.text import expr_text, to_text
-from attncompiler.passes.recognise import Site
+from attncompiler.passes.site import Site
 
 
 def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

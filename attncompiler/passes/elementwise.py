@@ -85,6 +85,7 @@ ELEMENTWISE: Mapping[str, Builder] = {
     "bitwise_and": _binary("and"), "bitwise_or": _binary("or"), "bitwise_xor": _binary("xor"), "bitwise_not": _unary("not"),
     "__and__": _binary("and"), "__or__": _binary("or"), "__xor__": _binary("xor"),
     "where": lambda c, a, b, **_: apply("where", c, a, b),
+    "fill": lambda a, value, **_: value,
     "masked_fill": lambda a, mask, value, **_: apply("where", mask, value, a),
 }  # fmt: skip
 

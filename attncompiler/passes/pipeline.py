@@ -15,8 +15,9 @@ from attncompiler.ir.text import to_text
 from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.normalise import capture, source_line
-from attncompiler.passes.recognise import NORMALISERS, Refusal, Site, recognise, trained_nodes
+from attncompiler.passes.recognise import NORMALISERS, recognise, trained_nodes
 from attncompiler.passes.rewrite import rewrite
+from attncompiler.passes.site import Refusal, Site
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     missed += [Missed(reason, site.program.origin.line, _ADVICE.get(reason, "")) for site, reason in left]
     untaken = {id(site) for site, _ in left}
     taken = tuple(site for site in sites if id(site) not in untaken)
+    if not taken:
+        captured = module  # nothing to gain from our own trace
     for site in taken:
         log.debug("taken:\n%s", to_text(site.program))
     for miss in missed:

@@ -17,7 +17,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attncompiler.errors import Unrecognised
 from attncompiler.ir.expr import (
-    FALSE,
     ZERO,
     Apply,
     Axis,
@@ -33,10 +32,12 @@ from attncompiler.ir.expr import (
     mod,
     mul,
     sub,
+    surely_int,
     walk,
 )
 from attncompiler.passes.contraction import Contraction, contraction_of
 from attncompiler.passes.elementwise import BOOLEAN_ONLY, ELEMENTWISE, base_name
+from attncompiler.passes.memory import memory_root, written_roots
 from attncompiler.passes.sizes import Extent, IndexSpace, same, size_expr
 
 aten = torch.ops.aten
@@ -110,6 +111,7 @@ class Reader:
 
     def __init__(self, module: GraphModule, space: IndexSpace, trained: frozenset[Node]) -> None:
         self.module, self.space, self.trained = module, space, trained
+        self.written = written_roots(module.graph)
         self.leaves: dict[str, Operand] = {}
         self.memo: dict[tuple[Node, Index], Expr] = {}
 
@@ -145,8 +147,8 @@ class Reader:
     def _look_through(self, node: Node, index: Index) -> Expr | None:
         if node.op == "get_attr":
             return self._constant(node)
-        if node.op != "call_function":
-            return None
+        if node.op != "call_function" or memory_root(node) in self.written:
+            return None  # an input, or a tensor that is changed in place: only its memory knows its value
         if node.target is operator.getitem:
             return self._piece(node, index)
         name = base_name(node.target)
@@ -173,7 +175,10 @@ class Reader:
 
     def broadcast_letters(self, node: Node, letters: str, at: Mapping[str, Expr]) -> Index:
         """The index of `node` where each dimension stands for a letter; a dimension of size 1 is read at 0."""
-        return tuple(ZERO if same(size, 1) else at[letter] for letter, size in zip(letters, shape_of(node), strict=True))
+        return tuple(
+            ZERO if same(size, 1) and at[letter] != CHANNEL and not same(self.space.extent(at[letter]), 1) else at[letter]
+            for letter, size in zip(letters, shape_of(node), strict=True)
+        )
 
     def broadcast(self, node: Node, out_shape: Sequence[Extent], index: Index) -> Index:
         shape = shape_of(node)
@@ -188,6 +193,8 @@ class Reader:
             return None
         if name in BOOLEAN_ONLY and dtype_of(node) is not torch.bool:
             return None
+        if dtype_of(node) is torch.bool and name in BOOLEAN_FORMS:
+            name = BOOLEAN_FORMS[name]
         shape = shape_of(node)
         arithmetic = name not in ("where", "masked_fill", "eq", "ne") and name not in BOOLEAN_ONLY
 
@@ -195,6 +202,8 @@ class Reader:
             if value is None or isinstance(value, str):
                 return value
             expr = self.operand(value, shape, index)
+            if dtype_of(node) is torch.bool and _rounds(expr):
+                raise Unrecognised("a comparison of rounded numbers", why="evaluated in another precision it could differ")
             boolean = is_tensor(value) and dtype_of(value) is torch.bool
             return apply("to_int", expr) if boolean and arithmetic and not name.startswith("logical") else expr
 
@@ -262,10 +271,7 @@ class Reader:
 
         The channel is moved to the end by a view where it is not there already; an operand wider than the product's own `dtype`
         (autocast) is cast to it. `widen`: a cast to a wider dtype may be skipped, the products being exact either way."""
-        shape = shape_of(node)
-        index = tuple(
-            ZERO if same(size, 1) and at[letter] != CHANNEL else at[letter] for letter, size in zip(letters, shape, strict=True)
-        )
+        index = self.broadcast_letters(node, letters, at)
         best, scale = (node, index, 1.0), 1.0
         current = node
         while (step := self._peel(current, index, widen)) is not None:
@@ -354,6 +360,19 @@ WIDENING = {
     (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float64),
     (torch.float16, torch.float64), (torch.float32, torch.float64),
 }  # fmt: skip
+# What arithmetic on booleans means.
+BOOLEAN_FORMS = {"mul": "bitwise_and", "add": "bitwise_or"}
+
+
+def _rounds(expr: Expr) -> bool:
+    """True for floating arithmetic on tensors: its value depends on the precision that it is computed in."""
+    nodes = list(walk(expr))
+    if not any(isinstance(n, Read | Dot | Weights | RowReduce) for n in nodes):
+        return False
+    return any(isinstance(n, Apply) and not surely_int(n) and n.op in _ROUNDING for n in nodes) or any(isinstance(n, Dot) for n in nodes)
+
+
+_ROUNDING = frozenset({"add", "sub", "mul", "div", "pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf"})
 Handler = Callable[[Reader, Node, Index], Expr | None]
 Move = Callable[[Reader, Node, Index], Index]
 
@@ -625,7 +644,7 @@ def _cast(reader: Reader, node: Node, index: Index) -> Expr | None:
         converted = inner if before.is_floating_point else apply("to_float", inner)
         return reader._rounded(node, converted)
     if before.is_floating_point or before is torch.bool:
-        return apply("to_int", inner)
+        return None if _rounds(inner) else apply("to_int", inner)
     return inner
 
 

@@ -10,9 +10,9 @@ from torch.fx import Graph, GraphModule, Node
 from attncompiler.errors import Unrecognised
 from attncompiler.ir.text import to_text
 from attncompiler.passes.elementwise import base_name
-from attncompiler.passes.normalise import is_view
-from attncompiler.passes.reader import Operand
-from attncompiler.passes.recognise import Site
+from attncompiler.passes.memory import memory_root, writes
+from attncompiler.passes.reader import PERMUTES, Operand
+from attncompiler.passes.site import Site
 
 aten = torch.ops.aten
 
@@ -45,25 +45,14 @@ _WEIGHTS_READ = "the attention weights are read by other code, so they are mater
 
 def _changed_in_place(graph: Graph, site: Site) -> str:
     """A reason, if an operand's memory is written between where it is first read and the op; "" if not."""
-    roots = {_root(operand.node) for operand in site.operands}
+    roots = {memory_root(operand.node) for operand in site.operands}
     first = min((user for operand in site.operands for user in operand.node.users), default=site.output)
     for node in graph.nodes:
-        if first < node < site.output and node.op == "call_function" and _writes(node):
+        if first < node < site.output and writes(node):
             target = node.args[0]
-            if isinstance(target, Node) and _root(target) in roots:
+            if isinstance(target, Node) and memory_root(target) in roots:
                 return f"an operand is changed in place by {base_name(node.target)} before it is used"
     return ""
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _root(node: Node) -> Node:
-    """The tensor whose memory `node` may show."""
-    while node.op == "call_function" and is_view(node) and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[Node]:
@@ -81,7 +70,7 @@ def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[N
 
 
 def _has_effect(node: Node) -> bool:
-    return _writes(node) or not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
+    return writes(node) or not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
 
 
 def _drop_dead_code(graph: Graph) -> None:
@@ -105,6 +94,11 @@ def _replace(graph: Graph, site: Site) -> None:
         o = graph.call_function(aten.reshape.default, (o, split))
         if site.permutation != tuple(range(len(site.permutation))):
             o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
+        if site.lse is not None:
+            lse = graph.call_function(operator.getitem, (result, 1))
+            site.lse.replace_all_uses_with(graph.call_function(aten.div.Tensor, (lse, site.lse_unit)))
+        if not all(base_name(user.target) in PERMUTES for user in node.users):
+            o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
     for new in (result, o):
         new.meta["stack_trace"] = node.meta.get("stack_trace")
     o.meta["val"] = node.meta["val"]

@@ -60,6 +60,7 @@ class IndexSpace:
 
     def __init__(self) -> None:
         self.extents: dict[Axis, Extent] = {}
+        self._digits: dict[Expr, list[tuple[Expr, Extent]]] = {}  # merged indices, and what they were merged from
 
     def axis(self, name: str, extent: Extent) -> Expr:
         """A new axis; one of size 1 is the constant 0."""
@@ -68,6 +69,10 @@ class IndexSpace:
         axis = Axis(name)
         self.extents[axis] = extent
         return axis
+
+    def extent(self, index: Expr) -> Extent:
+        """The size of an axis; 0 for what is no axis of this space."""
+        return self.extents.get(index, 0) if isinstance(index, Axis) else 0
 
     def below(self, index: Expr, extent: Extent) -> bool:
         """True where 0 <= index < extent is certain."""
@@ -99,25 +104,34 @@ class IndexSpace:
 
     def _take(self, digits: list[tuple[Expr, Extent]], size: Extent) -> Expr:
         """Remove the least significant part of radix `size` from `digits`."""
-        taken: Expr = ZERO
+        taken: list[tuple[Expr, Extent]] = []  # least significant first
         scale: Extent = 1
         while digits and not same(scale, size):
             digit, extent = digits.pop()
             wanted = size // scale
-            if statically_known_true(extent > wanted) and statically_known_true(extent % wanted == 0):
-                low, high = self.split(digit, wanted)
-                digits.append((high, extent // wanted))
-                taken, scale = add(taken, mul(low, size_expr(scale))), size
+            if digit in self._digits and not same(extent, wanted):
+                digits += self._digits[digit]
+            elif statically_known_true(extent > wanted) and statically_known_true(extent % wanted == 0):
+                divisor = size_expr(wanted)
+                digits.append((floordiv(digit, divisor), extent // wanted))
+                taken.append((mod(digit, divisor), wanted))
+                scale = size
             elif statically_known_true(wanted % extent == 0):
-                taken, scale = add(taken, mul(digit, size_expr(scale))), scale * extent
+                taken.append((digit, extent))
+                scale = scale * extent
             else:
                 raise Unrecognised("a view mixes two axes whose sizes do not divide each other")
-        return taken
+        return self._merge(taken[::-1])
 
-    def split(self, index: Expr, size: Extent) -> tuple[Expr, Expr]:
-        """(index % size, index // size), simplified where the ranges of the axes allow."""
-        divisor = size_expr(size)
-        return mod(index, divisor), floordiv(index, divisor)
+    def _merge(self, digits: list[tuple[Expr, Extent]]) -> Expr:
+        """One index from digits, most significant first; remembers them, so that a later view can take it apart again."""
+        if len(digits) == 1:
+            return digits[0][0]
+        merged: Expr = ZERO
+        for digit, extent in digits:
+            merged = add(mul(merged, size_expr(extent)), digit)
+        self._digits[merged] = digits
+        return merged
 
 
 def _groups(out_shape: Sequence[Extent], in_shape: Sequence[Extent]) -> list[tuple[list[int], list[int]]]:

@@ -1,0 +1,249 @@
+"""A recognised attention: its program, how its operands are made, and what it replaces in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from attncompiler.errors import AttnCompilerError, Unrecognised
+from attncompiler.ir.expr import (
+    ONE,
+    Apply,
+    Axis,
+    B,
+    Expr,
+    H,
+    Read,
+    axes_of,
+    dots_of,
+    floordiv,
+    mod,
+    mul,
+    reads_of,
+    substitute,
+    transform,
+)
+from attncompiler.ir.program import Attention, Dtype, Softmax, TensorDecl
+from attncompiler.ir.verify import verify
+from attncompiler.passes.lift_mask import lift_mask
+from attncompiler.passes.reader import Operand, Reader, dtype_of, shape_of
+from attncompiler.passes.sizes import Extent, size_expr
+
+DTYPES: Mapping[torch.dtype, Dtype] = {
+    torch.float64: Dtype.F64, torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16,
+    torch.bool: Dtype.BOOL, torch.uint8: Dtype.U8, torch.int8: Dtype.I8, torch.int16: Dtype.I16, torch.int32: Dtype.I32,
+    torch.int64: Dtype.I64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the graph: `output` is replaced by the program's O, viewed as `out_shape` after `permutation`.
+
+    O [b, h, q_idx, Dv] is first viewed as the sizes of `split` (one entry for each letter of the product's output), then permuted."""
+
+    output: Node
+    program: Attention
+    operands: tuple[Operand, ...]
+    sizes: Mapping[str, Extent]
+    split: tuple[Extent, ...]
+    permutation: tuple[int, ...]
+    softmax_nodes: frozenset[Node] = field(default_factory=frozenset)
+    lse: Node | None = None  # a node that holds lse / lse_unit, replaced too
+    lse_unit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A product of normalised scores that was not taken, and why."""
+
+    output: Node
+    error: AttnCompilerError
+    softmax_nodes: frozenset[Node]
+
+
+# ------------------------------------------------------------------------------------------------- axes and names
+
+
+def _rewrite(program: Attention, change: Mapping[Expr, Expr]) -> Attention:
+    """Substitute axes in every clause."""
+
+    def go(expr: Expr) -> Expr:
+        return substitute(expr, change)
+
+    value = go(program.sum)
+    assert isinstance(value, Read)
+    return replace(
+        program,
+        score=go(program.score),
+        keep=replace(program.keep, predicate=go(program.keep.predicate)),
+        weigh=Softmax(tuple(go(e) for e in program.weigh.extra)),
+        adjust=go(program.adjust),
+        sum=value,
+    )
+
+
+def name_batch_axes(program: Attention, batch: list[tuple[Expr, Extent]]) -> Attention:
+    """The batch axes of the product become b and h: the last one is h, all others b; a lone one is split where every use splits it."""
+    live = [(axis, extent) for axis, extent in batch if isinstance(axis, Axis)]
+    if len(live) == 1:
+        axis, extent = live[0]
+        divisor = _common_divisor(program, axis)
+        if divisor is not None:
+            program = _rewrite(program, {floordiv(axis, divisor): B, mod(axis, divisor): H})
+            return replace(program, axes=replace(program.axes, b=floordiv(size_expr(extent), divisor), h=divisor))
+        return replace(_rewrite(program, {axis: B}), axes=replace(program.axes, b=size_expr(extent)))
+    if not live:
+        return program
+    grouped = _group_size(program, [axis for axis, _ in live])
+    outer, inner = live[: len(live) - grouped], live[len(live) - grouped :]
+    change: dict[Expr, Expr] = {}
+    sizes = []
+    for name, part in ((B, outer), (H, inner)):
+        total: Expr = ONE
+        rest: Expr = name
+        for axis, extent in reversed(part[1:]):
+            size = size_expr(extent)
+            change[axis] = mod(rest, size)
+            rest = floordiv(rest, size)
+            total = mul(total, size)
+        change[part[0][0]] = rest
+        sizes.append(mul(total, size_expr(part[0][1])))
+    return replace(_rewrite(program, change), axes=replace(program.axes, b=sizes[0], h=sizes[1]))
+
+
+def _group_size(program: Attention, axes: list[Axis]) -> int:
+    """How many of the last batch axes make up h: two when the value does not vary with the last (a group of query heads)."""
+    if len(axes) >= 3 and axes[-1].name not in axes_of(program.sum):
+        return 2
+    return 1
+
+
+def _common_divisor(program: Attention, axis: Axis) -> Expr | None:
+    """c, if `axis` occurs only as axis // c and axis % c for one c."""
+    divisors: set[Expr] = set()
+    plain = False
+
+    def visit(expr: Expr) -> Expr | None:
+        nonlocal plain
+        if isinstance(expr, Apply) and expr.op in ("floordiv", "mod") and expr.args[0] == axis:
+            divisors.add(expr.args[1])
+            return expr
+        plain = plain or expr == axis
+        return None
+
+    for root in program.expressions:
+        transform(root, visit)
+    return next(iter(divisors)) if len(divisors) == 1 and not plain else None
+
+
+def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node]) -> Site:
+    """Name the operands, declare them, lift the masks and verify."""
+    names = _operand_names(draft, reader)
+    renamed = _rename(draft, names)
+    operands, decls = [], []
+    for old, new in names.items():
+        operand = reader.leaves[old]
+        shape = list(shape_of(operand.node)) if not operand.is_seed else [1]
+        if operand.channel_place is not None:
+            shape.append(shape.pop(operand.channel_place))
+        dtype = torch.int64 if operand.is_seed else operand.dtype or dtype_of(operand.node)
+        if dtype not in DTYPES:
+            raise Unrecognised(f"an operand of dtype {dtype}")
+        decls.append(TensorDecl(new, DTYPES[dtype], tuple(size_expr(s) for s in shape)))
+        operands.append(operand)
+    program = replace(renamed, tensors=tuple(decls))
+    carrying = frozenset(names[old] for old in names if reader.leaves[old].node in trained)
+    program = verify(_prune(lift_mask(program, carrying)))
+    kept = {decl.name for decl in program.tensors}
+    operands = [operand for operand, decl in zip(operands, decls, strict=True) if decl.name in kept]
+    sizes = _size_values(node.graph, program)
+    return Site(node, program, tuple(operands), sizes, (), ())
+
+
+def _prune(program: Attention) -> Attention:
+    used = {read.tensor for root in program.expressions for read in reads_of(root)}
+    return replace(program, tensors=tuple(decl for decl in program.tensors if decl.name in used))
+
+
+def _operand_names(draft: Attention, reader: Reader) -> dict[str, str]:
+    """q, k, v for the main product and the values; mask, bias, seed or table for the rest, numbered when there are several."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def give(old: str, wish: str) -> None:
+        if old not in names:
+            new, count = wish, 1
+            while new in taken:
+                count += 1
+                new = f"{wish}{count}"
+            names[old] = new
+            taken.add(new)
+
+    for dot in dots_of(draft.score):
+        give(dot.left.tensor, "q")
+        give(dot.right.tensor, "k")
+    give(draft.sum.tensor, "v")
+    for root in draft.expressions:
+        for read in reads_of(root):
+            if reader.leaves[read.tensor].is_seed:
+                give(read.tensor, "seed")
+            elif read.tensor not in names:
+                give(read.tensor, _role(dtype_of(reader.leaves[read.tensor].node), axes_of(read)))
+    return names
+
+
+def _role(dtype: torch.dtype, axes: frozenset[str]) -> str:
+    if dtype is torch.bool:
+        return "mask"
+    if not dtype.is_floating_point:
+        return "ids"
+    return "bias" if {"q_idx", "kv_idx"} & axes else "param"
+
+
+def _rename(program: Attention, names: Mapping[str, str]) -> Attention:
+    def visit(expr: Expr) -> Expr | None:
+        if isinstance(expr, Read):
+            return Read(names[expr.tensor], tuple(transform(i, visit) for i in expr.index))
+        return None
+
+    def go(expr: Expr) -> Expr:
+        return transform(expr, visit)
+
+    value = go(program.sum)
+    assert isinstance(value, Read)
+    return replace(
+        program,
+        score=go(program.score),
+        keep=replace(program.keep, predicate=go(program.keep.predicate)),
+        weigh=Softmax(tuple(go(e) for e in program.weigh.extra)),
+        adjust=go(program.adjust),
+        sum=value,
+    )
+
+
+def _size_values(graph: Graph, program: Attention) -> dict[str, Extent]:
+    """The graph's own symbols for the run-time integers of a program."""
+    wanted = set(program.sizes)
+    found: dict[str, Extent] = {}
+    for extent in _extents(graph):
+        if not isinstance(extent, int) and str(extent.node.expr) in wanted:
+            found.setdefault(str(extent.node.expr), extent)
+    missing = wanted - found.keys()
+    if missing:
+        raise Unrecognised(f"the size {sorted(missing)[0]} is not available where the attention runs")
+    return found
+
+
+def _extents(graph: Graph) -> Iterator[Extent]:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            yield value
+        elif isinstance(value, torch.Tensor):
+            yield from value.shape
+
+
