@@ -136,6 +136,8 @@ class Block:
         args = [self(arg) for arg in expr.args]
         if expr.op == "to_float" and isinstance(args[0], Tensor):
             return args[0].to(self.dtype)
+        if expr.op == "where" and isinstance(args[0], Tensor) and not any(isinstance(a, Tensor) for a in args[1:]):
+            args[1:] = [torch.tensor(a, dtype=self.dtype if isinstance(a, float) else None, device=args[0].device) for a in args[1:]]
         if expr.op == "div":
             args = [a.to(self.dtype) if isinstance(a, Tensor) and not a.is_floating_point() else a for a in args]
         return TORCH[expr.op](*args)

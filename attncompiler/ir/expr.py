@@ -330,6 +330,9 @@ def apply(op: str, *args: Expr) -> Expr:
     folded = _fold_constants(op, args)
     if folded is not None:
         return folded
+    chosen = _choose_constants(op, args)
+    if chosen is not None:
+        return chosen
     if op in ("and", "or", "xor", "not", "where"):
         return _logic(op, args)
     if op in _NEGATED and args[0] == args[1] and surely_int(args[0]):
@@ -344,6 +347,20 @@ def apply(op: str, *args: Expr) -> Expr:
         if op in ("floordiv", "mod"):
             return _integer_division(op, args[0], args[1])
     return Apply(op, args)
+
+
+def _choose_constants(op: str, args: tuple[Expr, ...]) -> Expr | None:
+    """op(where(c, 1.0, 0.0), 2) is where(c, op(1.0, 2), op(0.0, 2)): masks made of numbers stay masks."""
+    picks = [arg for arg in args if isinstance(arg, Apply) and arg.op == "where"]
+    if op == "where" or len(picks) != 1 or not all(isinstance(arg, Const) for arg in args if arg is not picks[0]):
+        return None
+    condition, yes, no = picks[0].args
+    if not (isinstance(yes, Const) and isinstance(no, Const)):
+        return None
+    branches = [_fold_constants(op, tuple(value if arg is picks[0] else arg for arg in args)) for value in (yes, no)]
+    if any(branch is None for branch in branches):
+        return None
+    return apply("where", condition, *(branch for branch in branches if branch is not None))
 
 
 def _integer_sum(op: str, args: tuple[Expr, ...]) -> Expr:
@@ -391,6 +408,10 @@ def _logic(op: str, args: tuple[Expr, ...]) -> Expr:
         condition, yes, no = args
         if condition in (TRUE, FALSE):
             return yes if condition == TRUE else no
+        if (yes, no) == (TRUE, FALSE):
+            return condition
+        if (yes, no) == (FALSE, TRUE):
+            return apply("not", condition)
         return yes if yes == no else Apply(op, args)
     left, right = args
     if left == right:

@@ -6,30 +6,36 @@ import math
 from dataclasses import dataclass
 
 from attncompiler.errors import Unrecognised
-from attncompiler.ir.expr import ONE, ZERO, Apply, Const, Expr, apply, axes_of, walk
+from attncompiler.ir.expr import ONE, ZERO, Apply, Const, Expr, apply, axes_of, transform, walk
 from attncompiler.passes.reader import KV, NanToZero, Reader, RowReduce, Weights, shape_of
 from attncompiler.passes.sizes import Extent, same, size_expr
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """adjust * softmax(score, with extra scores); `keys` is how many keys the softmax runs over, extras not counted."""
+    """adjust * softmax(score, with extra scores). `stable` is False where the traced code subtracts no row maximum, so that a row
+    whose scores are all absorbed by a finite mask is not the softmax of them."""
 
     score: Expr
     extra: tuple[Expr, ...]
     adjust: Expr
     nan_to_zero: bool
+    stable: bool
 
 
 def normalised(reader: Reader, weights: Expr, keys: Extent) -> Normalised:
     """Needs: an element of the weights, kv_idx free. Ensures: its clauses. Raises: Unrecognised, saying what stands in the way."""
     core, adjust, nan_to_zero = _peel_factors(weights, ONE, False)
+    stable = True
     if isinstance(core, Weights):
         score, extra = _softmax_input(reader, core, keys)
     elif isinstance(core, Apply) and core.op == "exp":
         score, extra = _exponential(reader, core.args[0], keys)
+        stable = isinstance(core.args[0], Weights)
     elif isinstance(core, Apply) and core.op == "div":
         score, extra = _quotient(reader, core.args[0], core.args[1])
+        stable = _split_shift(score)[1] != ZERO
+        score = score if stable else _masks_to_infinity(score)
     else:
         raise Unrecognised("the weights are not a softmax", why="only row-wise softmax is taken so far")
     score, shift = _split_shift(score)
@@ -40,7 +46,7 @@ def normalised(reader: Reader, weights: Expr, keys: Extent) -> Normalised:
     for expr in (score, adjust, *extra):
         if any(isinstance(n, Weights | RowReduce | NanToZero) for n in walk(expr)):
             raise Unrecognised("a row reduction of the scores is used outside the softmax", why="the kernel has no such pass yet")
-    return Normalised(score, extra, adjust, nan_to_zero)
+    return Normalised(score, extra, adjust, nan_to_zero, stable)
 
 
 def _has_normaliser(expr: Expr) -> bool:
@@ -157,6 +163,24 @@ def _log_term(term: Expr, shift: Expr) -> Expr:
     if isinstance(term, Const) and shift == ZERO and float(term.value) > 0:
         return Const(math.log(float(term.value)))
     raise Unrecognised("a term is added to the row sum that is not the exponential of a score")
+
+
+_EXP_IS_ZERO = -1e4  # exp underflows to 0 there in every floating type
+
+
+def _masks_to_infinity(score: Expr) -> Expr:
+    """Without a row maximum, exp(s + mask) is exactly 0 for any large negative mask: the same as -inf, in empty rows too."""
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Apply) and node.op == "where":
+            branches = [
+                Const(-math.inf) if isinstance(b, Const) and float(b.value) <= _EXP_IS_ZERO else transform(b, visit)
+                for b in node.args[1:]
+            ]
+            return apply("where", node.args[0], *branches)
+        return None
+
+    return transform(score, visit)
 
 
 def _split_shift(expr: Expr) -> tuple[Expr, Expr]:

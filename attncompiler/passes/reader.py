@@ -139,7 +139,7 @@ class Reader:
         nodes = list(walk(expr))
         if any(isinstance(n, Dot | Weights | RowReduce | Uniform | NanToZero) for n in nodes) or isinstance(expr, Read | Const):
             return False
-        if not any(isinstance(n, Read) for n in nodes):
+        if not any(isinstance(n, Read) for n in nodes) or isinstance(expr, Apply) and expr.op == "not" and isinstance(expr.args[0], Read):
             return False
         varies = axes_of(expr)
         return not {"q_idx", "kv_idx"} <= varies or len(nodes) > INLINE_LIMIT
@@ -314,8 +314,10 @@ class Reader:
                 return None
             if inner.count(CHANNEL) != 1 or any(CHANNEL in set(walk(i)) and i != CHANNEL for i in inner):
                 return None
+            saves = name in EXPANDS or name in ("repeat_interleave", "unsqueeze")
             merges = name in RESHAPES and len(shape_of(source)) > len(shape_of(node))
-            return source, inner, 1.0, merges or name == "unsqueeze" or name in EXPANDS or name == "repeat_interleave"
+            channel_moves_last = inner[-1] == CHANNEL and index[-1] != CHANNEL
+            return source, inner, 1.0, saves or merges or channel_moves_last
         return None
 
     # ------------------------------------------------------------------------------------------------ pieces

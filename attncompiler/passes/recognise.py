@@ -95,9 +95,10 @@ def normalisers_behind(node: Node) -> set[Node]:
         name = base_name(current.target)
         if name in NORMALISERS:
             found.add(current)
-        elif name == "exp":
+            continue
+        if name == "exp":
             found.add(current)
-        elif name not in _BARRIERS and contraction_of(current) is None:
+        if name not in _BARRIERS and contraction_of(current) is None:
             stack.extend(current.all_input_nodes)
     return found
 
@@ -185,6 +186,12 @@ def _oriented(
     draft = name_batch_axes(draft, batch)
     letters = roles.batch + roles.query + roles.channel
     site = finish(reader, node, draft, trained)
+    if site.program.keep.empty is Empty.SCORE and not parts.stable:
+        raise Unrecognised(
+            "a finite mask under an exponential without a row maximum",
+            why="a row that keeps no key then gives neither a mean nor zero",
+            do="subtract the row maximum, or use torch.softmax",
+        )
     out = [c for c in product.out_letters]
     return replace(
         site,
