@@ -198,7 +198,22 @@ def _oriented(
         split=tuple(extent[c] for c in letters),
         permutation=tuple(letters.index(c) for c in out),
         softmax_nodes=frozenset(normalisers_behind(weights_node)),
+        lse=None if parts.extra else _logsumexp_beside(node, weights_node, [at[c] for c in roles.batch + roles.query], weights_index),
     )
+
+
+def _logsumexp_beside(output: Node, weights: Node, rows: list[Expr], index: tuple[Expr, ...]) -> Node | None:
+    """A logsumexp of the very scores that the softmax behind `weights` normalises, where its rows are those of the product."""
+    softmaxes = [n for n in normalisers_behind(weights) if base_name(n.target) in NORMALISERS]
+    if len(softmaxes) != 1 or KV not in index or [i for i in index if i != KV] != rows:
+        return None
+    scores, dim = softmaxes[0].args[:2]
+    if not isinstance(scores, Node) or softmaxes[0].meta["val"].shape != weights.meta["val"].shape:
+        return None
+    for user in scores.users:
+        if base_name(user.target) == "logsumexp" and list(user.args[1]) in ([dim], [index.index(KV)]) and user.users:  # type: ignore[arg-type]
+            return user if output < min(user.users) else None
+    return None
 
 
 def _single(space: IndexSpace) -> bool:

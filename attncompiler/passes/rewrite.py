@@ -95,8 +95,7 @@ def _replace(graph: Graph, site: Site) -> None:
         if site.permutation != tuple(range(len(site.permutation))):
             o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
         if site.lse is not None:
-            lse = graph.call_function(operator.getitem, (result, 1))
-            site.lse.replace_all_uses_with(graph.call_function(aten.div.Tensor, (lse, site.lse_unit)))
+            site.lse.replace_all_uses_with(_lse(graph, site, site.lse, result))
         if not all(base_name(user.target) in PERMUTES for user in node.users):
             o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
     for new in (result, o):
@@ -104,6 +103,16 @@ def _replace(graph: Graph, site: Site) -> None:
     o.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(o)
     graph.erase_node(node)
+
+
+def _lse(graph: Graph, site: Site, node: Node, result: Node) -> Node:
+    """The op's second result in the unit, shape and dtype of the node that it stands for."""
+    value = node.meta["val"]
+    lse = graph.call_function(operator.getitem, (result, 1))
+    if site.lse_unit != 1.0:
+        lse = graph.call_function(aten.div.Tensor, (lse, site.lse_unit))
+    lse = graph.call_function(aten.reshape.default, (lse, [_extent(graph, site.output, size) for size in value.shape]))
+    return graph.call_function(aten.to.dtype, (lse, value.dtype))
 
 
 def _operand(graph: Graph, operand: Operand) -> Node:

@@ -52,7 +52,7 @@ class Site:
     split: tuple[Extent, ...]
     permutation: tuple[int, ...]
     softmax_nodes: frozenset[Node] = field(default_factory=frozenset)
-    lse: Node | None = None  # a node that holds lse / lse_unit, replaced too
+    lse: Node | None = None  # a node that holds lse / lse_unit, viewed as its own shape; replaced too
     lse_unit: float = 1.0
 
 

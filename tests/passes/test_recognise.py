@@ -234,3 +234,15 @@ def test_sizes_stay_symbolic() -> None:
         torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
     assert seen and all("kv_idx=s" in text for text in seen)
     assert len(seen) <= 2
+
+
+def test_lse_comes_from_the_same_kernel() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT
+        return scores.softmax(-1) @ v, torch.logsumexp(scores, dim=-1, keepdim=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="attncompiler", options={"inner": "aot_eager"})
+    for ours, eager in zip(compiled(*operands()), attention(*operands()), strict=True):
+        torch.testing.assert_close(ours, eager)
+    assert len(attncompiler.explain(attention, *operands()).regions) == 1
