@@ -257,7 +257,7 @@ def _linear(expr: Expr) -> tuple[dict[Expr, int], int]:
         terms = dict(left)
         for term, factor in right.items():
             terms[term] = terms.get(term, 0) + sign * factor
-        return {term: factor for term, factor in terms.items() if factor}, c0 + sign * c1
+        return _recomposed({term: factor for term, factor in terms.items() if factor}), c0 + sign * c1
     if isinstance(expr, Apply) and expr.op == "neg":
         terms, constant = _linear(expr.args[0])
         return {term: -factor for term, factor in terms.items()}, -constant
@@ -267,6 +267,18 @@ def _linear(expr: Expr) -> tuple[dict[Expr, int], int]:
                 terms, constant = _linear(other)
                 return {term: factor * value for term, factor in terms.items() if value}, constant * value
     return {expr: 1}, 0
+
+
+def _recomposed(terms: dict[Expr, int]) -> dict[Expr, int]:
+    """x // c * c + x % c is x."""
+    for low, factor in list(terms.items()):
+        if isinstance(low, Apply) and low.op == "mod" and (divisor := _int(low.args[1])) is not None:
+            high = Apply("floordiv", low.args)
+            if terms.get(high) == factor * divisor:
+                rest = {term: f for term, f in terms.items() if term not in (low, high)}
+                rest[low.args[0]] = rest.get(low.args[0], 0) + factor
+                return rest
+    return terms
 
 
 def _from_linear(terms: dict[Expr, int], constant: int) -> Expr:
@@ -408,6 +420,8 @@ def _logic(op: str, args: tuple[Expr, ...]) -> Expr:
         condition, yes, no = args
         if condition in (TRUE, FALSE):
             return yes if condition == TRUE else no
+        if isinstance(condition, Apply) and condition.op == "not":
+            return _logic("where", (condition.args[0], no, yes))
         if (yes, no) == (TRUE, FALSE):
             return condition
         if (yes, no) == (FALSE, TRUE):

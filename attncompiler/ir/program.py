@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -148,6 +149,14 @@ class Attention:
         roots += self.expressions
         names = [node.name for root in roots for node in walk(root) if isinstance(node, Size)]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def absorbs(self) -> bool:
+        """True where a row's lse may be too large for float32 to hold log(l) beside the row maximum: under a finite mask.
+
+        Such programs carry rcp, so that a weight is exp(score - lse) * rcp exactly."""
+        large = any(isinstance(n, Const) and isinstance(n.value, float) and -math.inf < n.value <= -1e3 for n in walk(self.score))
+        return self.keep.empty is Empty.SCORE or large
 
     @property
     def vectors(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import TRUE, Apply, Const, Dot, Expr, Read, Uniform, apply, axes_of, conj, walk
+from attncompiler.ir.expr import ONE, TRUE, Apply, Const, Dot, Expr, Read, Uniform, apply, axes_of, conj, walk
 from attncompiler.ir.program import Attention, Empty, Keep
 
 # A score is taken to be below 1e29 in magnitude; a masked one at most -1e30 then weighs exp(-9e29) = 0 beside any kept one.
@@ -40,6 +40,27 @@ def lift_mask(program: Attention, trained: frozenset[str] = frozenset()) -> Atte
         return replace(program, keep=Keep(predicate, Empty.SCORE))
     empty = program.keep.empty
     return replace(program, score=lifted.score, keep=Keep(conj(program.keep.predicate, lifted.predicate), empty))
+
+
+def zero_empty_rows(program: Attention) -> Attention:
+    """Weights set to 0 outside `keep` after the softmax: an empty row gives 0 instead of NaN, and the factor says nothing more."""
+    if program.keep.empty is not Empty.NAN or program.keep.predicate == TRUE:
+        return program
+    factors = _factors(program.adjust)
+    mask = apply("where", program.keep.predicate, Const(1.0), Const(0.0))
+    if mask not in factors:
+        return program
+    rest: Expr = ONE
+    for factor in factors:
+        if factor != mask:
+            rest = factor if rest == ONE else apply("mul", rest, factor)
+    return replace(program, keep=replace(program.keep, empty=Empty.ZERO), adjust=rest)
+
+
+def _factors(expr: Expr) -> list[Expr]:
+    if isinstance(expr, Apply) and expr.op == "mul":
+        return _factors(expr.args[0]) + _factors(expr.args[1])
+    return [expr]
 
 
 def _lift(score: Expr, trained: frozenset[str]) -> Lifted:

@@ -10,7 +10,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -26,9 +26,14 @@ def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
     return next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), FakeTensorMode(allow_non_fake_inputs=True))
 
 
+_NOTHING = Graph()
+
+
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Needs: Dynamo's graph and its example inputs. Ensures: a flat graph of ATen operators, whole ones such as softmax and
     matmul included, `meta["val"]` on every node and `meta["stack_trace"]` from the user's code. Keeps: what it computes."""
+    if any("autograd_function_apply" in str(node.target) for part in module.modules() for node in getattr(part, "graph", _NOTHING).nodes):
+        raise Unrecognised("the graph calls a torch.autograd.Function", why="its own backward would be lost in our trace")
     mode = fake_mode_of(inputs)
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) else x for x in inputs]
     with fx_traceback.preserve_node_meta(), mode:

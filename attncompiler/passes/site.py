@@ -28,7 +28,7 @@ from attncompiler.ir.expr import (
 )
 from attncompiler.ir.program import Attention, Dtype, Softmax, TensorDecl
 from attncompiler.ir.verify import verify
-from attncompiler.passes.lift_mask import lift_mask
+from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
 from attncompiler.passes.reader import Operand, Reader, dtype_of, shape_of
 from attncompiler.passes.sizes import Extent, size_expr
 
@@ -157,7 +157,7 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
         operands.append(operand)
     program = replace(renamed, tensors=tuple(decls))
     carrying = frozenset(names[old] for old in names if reader.leaves[old].node in trained)
-    program = verify(_prune(lift_mask(program, carrying)))
+    program = verify(_prune(zero_empty_rows(lift_mask(program, carrying))))
     kept = {decl.name for decl in program.tensors}
     operands = [operand for operand, decl in zip(operands, decls, strict=True) if decl.name in kept]
     sizes = _size_values(node.graph, program)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import unittest.mock
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,14 @@ class Verdict:
 def judge(program: Program, inner: str = "aot_eager", train: bool = True) -> Verdict:
     """Error of the compiled program at most twice that of eager in the same dtype, both against float64."""
     torch._dynamo.reset()
+    if program.seed % 2:  # small tiles, so that small problems have many: what large ones meet
+        small = {"_BLOCK_Q": 8, "_BLOCK_KV": 4, "_WHOLE": 0, "_ELEMENTS": 64}
+        with unittest.mock.patch.multiple("attncompiler.codegen.portable", **small):
+            return _judge(program, inner, train)
+    return _judge(program, inner, train)
+
+
+def _judge(program: Program, inner: str, train: bool) -> Verdict:
     regions = 0
 
     def backend(module, inputs):  # type: ignore[no-untyped-def]
@@ -68,7 +77,7 @@ def _compare(name: str, exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch
     both = finite & torch.isfinite(exact)
     exact, eager, ours = (t.double().masked_fill(~both, 0.0) for t in (exact, eager, ours))
     scale = exact.abs().max().item() if exact.numel() else 0.0
-    allowed = 2 * (eager - exact).abs().max().item() + 8 * torch.finfo(dtype).eps * max(scale, 1.0) if exact.numel() else 0.0
+    allowed = 2 * (eager - exact).abs().max().item() + (16 if dtype == torch.bfloat16 else 64) * torch.finfo(dtype).eps * max(scale, 1.0) if exact.numel() else 0.0
     error = (ours - exact).abs().max().item() if exact.numel() else 0.0
     return "" if error <= allowed else f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 

@@ -1,0 +1,242 @@
+"""Predicate -> tile plan: for every query tile the ranges of key tiles to visit, full ones apart from partial ones.
+
+EMPTY and FULL are proved (`intervals.py`); whatever is not is PARTIAL, where the predicate is evaluated pair by pair.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attncompiler.ir.evaluate import Block, whole
+from attncompiler.ir.expr import AXES, FALSE, KV_IDX, Q_IDX, TRUE, Const, Expr, apply, axes_of, conjuncts, reads_of, sub, substitute
+from attncompiler.ir.interpreter import extents_of
+from attncompiler.ir.program import Attention, Empty, Keep
+from attncompiler.passes.intervals import Tiles
+
+
+class Coverage(enum.IntEnum):
+    """What is proved of a tile."""
+
+    EMPTY = 0
+    PARTIAL = 1
+    FULL = 2
+
+
+@dataclass(frozen=True)
+class TileRanges:
+    """For each row: tiles [begin[i], end[i]) for the first `count` entries i. int32 [P], [P, R], [P, R]."""
+
+    count: Tensor
+    begin: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Coverage of every tile; `plan_b` and `plan_h` are 1 where all batches or heads share it.
+
+    Row p of `partial` and `full` is (pb * plan_h + ph) * q_tiles + q_tile."""
+
+    block_q: int
+    block_kv: int
+    coverage: Tensor  # int8 [plan_b, plan_h, q_tiles, kv_tiles], of Coverage
+
+    @property
+    def plan_b(self) -> int:
+        return self.coverage.shape[0]
+
+    @property
+    def plan_h(self) -> int:
+        return self.coverage.shape[1]
+
+    @property
+    def q_tiles(self) -> int:
+        return self.coverage.shape[2]
+
+    @property
+    def kv_tiles(self) -> int:
+        return self.coverage.shape[3]
+
+    @functools.cached_property
+    def partial(self) -> TileRanges:
+        return _ranges(self.coverage == Coverage.PARTIAL)
+
+    @functools.cached_property
+    def full(self) -> TileRanges:
+        return _ranges(self.coverage == Coverage.FULL)
+
+    @functools.cached_property
+    def visited(self) -> TileRanges:
+        return _ranges(self.coverage != Coverage.EMPTY)
+
+    @property
+    def density(self) -> float:
+        """The share of tiles that are visited. Waits for the device."""
+        return float((self.coverage != Coverage.EMPTY).float().mean()) if self.coverage.numel() else 0.0
+
+    def transposed(self) -> TilePlan:
+        """The same plan with the query tiles of every key tile: the order of the backward for keys and values."""
+        return _transposed(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _transposed(plan: TilePlan) -> TilePlan:
+    return TilePlan(plan.block_kv, plan.block_q, plan.coverage.transpose(2, 3).contiguous())
+
+
+def _ranges(wanted: Tensor) -> TileRanges:
+    """Runs of True along the last axis, without waiting for the device: at most every other tile begins one."""
+    rows = wanted.reshape(-1, wanted.shape[-1])
+    tiles = rows.shape[1]
+    edge = torch.zeros(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
+    starts = rows & ~torch.cat([edge, rows[:, :-1]], 1)
+    stops = rows & ~torch.cat([rows[:, 1:], edge], 1)
+    count = starts.sum(1, dtype=torch.int32)
+    room = (tiles + 1) // 2 if rows.is_cuda else max(int(count.max()) if rows.shape[0] else 0, 1)
+
+    def places(marks: Tensor, offset: int) -> Tensor:
+        slot = torch.where(marks, marks.cumsum(1) - 1, room)
+        tile = torch.arange(tiles, device=rows.device, dtype=torch.int32) + offset
+        return torch.zeros(rows.shape[0], room + 1, dtype=torch.int32, device=rows.device).scatter_(
+            1, slot, tile.expand_as(slot)
+        )[:, :room].contiguous()
+
+    return TileRanges(count, places(starts, 0), places(stops, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+def build_plan(
+    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], block_q: int, block_kv: int
+) -> TilePlan:
+    """The plan of a program on its operands' device; never waits for a GPU. Plans that read no tensor are remembered."""
+    extents = extents_of(program, sizes)
+    device = operands[program.sum.tensor].device
+    predicate = substitute(program.keep.predicate, {size: Const(value) for size, value in _sizes(program, sizes).items()})
+    keep = Keep(predicate, program.keep.empty)
+    shape = tuple(extents[axis.name] for axis in AXES)
+    if not reads_of(predicate):
+        return _static_plan(keep, shape, block_q, block_kv, device)
+    return _plan(keep, operands, shape, block_q, block_kv, device)
+
+
+def _sizes(program: Attention, sizes: Mapping[str, int]) -> dict[Expr, int]:
+    from attncompiler.ir.expr import Size
+
+    return {Size(name): sizes[name] for name in program.sizes}
+
+
+@functools.lru_cache(maxsize=512)
+def _static_plan(keep: Keep, shape: tuple[int, ...], block_q: int, block_kv: int, device: torch.device) -> TilePlan:
+    plan = _plan(keep, {}, shape, block_q, block_kv, torch.device("cpu"))
+    return plan if device.type == "cpu" else TilePlan(block_q, block_kv, plan.coverage.to(device))
+
+
+def _plan(
+    keep: Keep, operands: Mapping[str, Tensor], shape: tuple[int, ...], block_q: int, block_kv: int, device: torch.device
+) -> TilePlan:
+    extents = dict(zip((axis.name for axis in AXES), shape, strict=True))
+    q_tiles, kv_tiles = math.ceil(shape[2] / block_q), math.ceil(shape[3] / block_kv)
+    block = whole(operands, {}, extents, torch.float64, device)
+    axes = axes_of(keep.predicate)
+    plan_b, plan_h = (shape[0] if "b" in axes else 1), (shape[1] if "h" in axes else 1)
+    if keep.predicate == TRUE:
+        coverage = torch.full((1, 1, q_tiles, kv_tiles), Coverage.FULL, dtype=torch.int8, device=device)
+    elif reads_of(keep.predicate) and device.type != "cpu":
+        grid = torch.cartesian_prod(torch.arange(q_tiles, device=device), torch.arange(kv_tiles, device=device))
+        found = _coverage(keep.predicate, Tiles(block, block_q, block_kv, grid[:, 0], grid[:, 1]))
+        coverage = found.expand(plan_b, plan_h, -1).reshape(plan_b, plan_h, q_tiles, kv_tiles).contiguous()
+    else:
+        coverage = _refined(keep.predicate, block, block_q, block_kv, (plan_b, plan_h, q_tiles, kv_tiles))
+    if shape[3] % block_kv:
+        coverage[..., -1] = coverage[..., -1].clamp(max=Coverage.PARTIAL)
+    if keep.empty is Empty.SCORE:
+        coverage = _visit_all_for_empty_rows(keep.predicate, block, coverage, block_q)
+    return TilePlan(block_q, block_kv, coverage)
+
+
+def _coverage(predicate: Expr, tiles: Tiles) -> Tensor:
+    """int8 [b, h, L] (1 where shared)."""
+    bounds = tiles(predicate)
+    shape = torch.broadcast_shapes(bounds.lo.shape, bounds.hi.shape, (1, 1, tiles.rows.shape[0]))
+    return (bounds.hi.to(torch.int8) + bounds.lo.to(torch.int8)).expand(shape)
+
+
+_STEP = 8  # how many tiles a side of a coarse tile spans
+
+
+def _refined(predicate: Expr, block: Block, block_q: int, block_kv: int, shape: tuple[int, int, int, int]) -> Tensor:
+    """Coarse tiles first; only those that are neither full nor empty for every batch and head are cut: cost follows the answer."""
+    plan_b, plan_h, q_tiles, kv_tiles = shape
+    coverage = torch.full(shape, Coverage.EMPTY, dtype=torch.int8)
+    span = 1
+    while max(q_tiles, kv_tiles) > span * 2 * _STEP:
+        span *= _STEP
+    rows = torch.arange(math.ceil(q_tiles / span))
+    pending = torch.cartesian_prod(rows, torch.arange(math.ceil(kv_tiles / span)))
+    while len(pending):
+        found = _coverage(predicate, Tiles(block, block_q * span, block_kv * span, pending[:, 0], pending[:, 1]))
+        found = found.expand(plan_b, plan_h, -1)
+        settled = ((found != Coverage.PARTIAL).all(0).all(0)) if span > 1 else torch.ones(len(pending), dtype=torch.bool)
+        _fill(coverage, pending[settled], found[:, :, settled], span)
+        pending = _cut(pending[~settled], span, q_tiles, kv_tiles)
+        span //= _STEP
+    return coverage
+
+
+def _fill(coverage: Tensor, tiles: Tensor, values: Tensor, span: int) -> None:
+    if span == 1:
+        coverage[:, :, tiles[:, 0], tiles[:, 1]] = values
+        return
+    nonempty = (values != Coverage.EMPTY).any(0).any(0)
+    for (row, column), value in zip(tiles[nonempty].tolist(), values[:, :, nonempty].unbind(2), strict=True):
+        coverage[:, :, row * span : (row + 1) * span, column * span : (column + 1) * span] = value[:, :, None, None]
+
+
+def _cut(tiles: Tensor, span: int, q_tiles: int, kv_tiles: int) -> Tensor:
+    """The next finer tiles inside coarse ones."""
+    steps = torch.arange(_STEP)
+    rows = (tiles[:, 0, None, None] * _STEP + steps[None, :, None]).expand(-1, _STEP, _STEP).reshape(-1)
+    columns = (tiles[:, 1, None, None] * _STEP + steps[None, None, :]).expand(-1, _STEP, _STEP).reshape(-1)
+    finer = span // _STEP
+    inside = (rows * finer < q_tiles) & (columns * finer < kv_tiles)
+    return torch.stack([rows[inside], columns[inside]], 1)
+
+
+def _visit_all_for_empty_rows(predicate: Expr, block: Block, coverage: Tensor, block_q: int) -> Tensor:
+    """A row under a finite mask that keeps nothing is the softmax over all keys: its query tile visits every key tile.
+
+    A row is proved to keep a key by a full tile beside it, or by one of a few witnesses: itself, its diagonal, the ends."""
+    m, n = block.extents["q_idx"], block.extents["kv_idx"]
+    kept = torch.zeros(1, 1, m, 1, dtype=torch.bool, device=coverage.device)
+    for witness in (Q_IDX, sub(Q_IDX, Const(m - n)), Const(0), Const(n - 1)):
+        at = apply("minimum", apply("maximum", witness, Const(0)), Const(n - 1))
+        kept = kept | block.tensor(substitute(predicate, {KV_IDX: at})).to(torch.bool)
+    plan_b, plan_h, q_tiles, _ = coverage.shape
+    kept = kept.expand(plan_b, plan_h, m, 1).squeeze(3)
+    short = -m % block_q
+    kept = torch.cat([kept, torch.ones(plan_b, plan_h, short, dtype=torch.bool, device=kept.device)], 2)
+    proved = kept.reshape(plan_b, plan_h, q_tiles, block_q).all(3) | (coverage == Coverage.FULL).any(3)
+    return torch.where(proved.unsqueeze(3), coverage, coverage.new_tensor(Coverage.PARTIAL))
+
+
+# ------------------------------------------------------------------------------------------------- the score of full tiles
+
+
+def score_where_kept(program: Attention) -> Expr:
+    """The score of pairs that `keep` holds for: what full tiles evaluate. Each conjunct is true there, its negation false."""
+    facts: dict[Expr, Expr] = {}
+    for part in conjuncts(program.keep.predicate):
+        facts[part] = TRUE
+        facts[apply("not", part)] = FALSE
+    return substitute(program.score, facts) if facts else program.score
+
+
