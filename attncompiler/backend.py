@@ -10,10 +10,10 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-import attncompiler.runtime.ops  # noqa: F401  registers the op
-from attncompiler.config import parse_options
+from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
+from attncompiler.runtime import ops as _registered_ops  # noqa: F401  the graphs call these
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 def attncompiler(
     module: GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The backend `torch.compile(f, backend="attncompiler", options={"inner": "inductor" | "aot_eager" | "eager"})`.
+    """The backend of `torch.compile(f, backend="attncompiler", options={"inner": "inductor" | "aot_eager" | "eager"})`.
 
     Raises: OptionError for an unknown option or a bad value."""
     inner = parse_options(options, mode).inner
-    return INNER[inner](compile_or_leave(module, inputs).module, inputs)
+    compiled: Callable[..., Any] = _INNER[inner](compile_or_leave(module, inputs).module, inputs)
+    return compiled
 
 
 def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
@@ -33,12 +34,12 @@ def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGrap
     try:
         return compile_graph(module, inputs)
     except Exception as error:
-        log.warning("attncompiler left a graph to the inner compiler: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(10))
+        log.warning("a graph is left to the inner compiler: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(10))
         return CompiledGraph(module, (), (Missed(f"the graph could not be analysed: {type(error).__name__}: {error}", ""),))
 
 
-INNER: Mapping[str, Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]] = {
-    "inductor": compile_fx,
-    "aot_eager": aot_eager,
-    "eager": lambda module, inputs: module.forward,
+_INNER: Mapping[Inner, Callable[[GraphModule, Sequence[Any]], Any]] = {
+    Inner.INDUCTOR: lambda module, inputs: compile_fx(module, inputs),
+    Inner.AOT_EAGER: lambda module, inputs: aot_eager(module, list(inputs)),
+    Inner.EAGER: lambda module, inputs: module.forward,
 }
