@@ -1,0 +1,202 @@
+"""Expressions of the language as Triton source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from attncompiler.errors import UnsupportedProgram
+from attncompiler.ir.expr import OPERATORS, Apply, Axis, Const, Dot, Expr, Kind, Read, Size, Uniform, axes_of
+from attncompiler.ir.program import Attention, kind_of
+from attncompiler.ir.text import expr_text
+
+_CALLS = {
+    "minimum": "tl.minimum", "maximum": "tl.maximum", "abs": "tl.abs", "exp": "tl.exp", "log": "tl.log", "sqrt": "tl.sqrt",
+    "rsqrt": "tl.rsqrt", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "ceil": "tl.ceil",
+    "erf": "tl.erf", "tanh": "tanh", "where": "tl.where", "floordiv": "floor_div", "mod": "floor_mod",
+}  # fmt: skip
+_CASTS = {"to_float": "tl.float32", "to_int": "tl.int32", "to_bool": "tl.int1"}
+_ROUNDS = {"round_f16": "tl.float16", "round_bf16": "tl.bfloat16"}
+
+
+@dataclass
+class Names:
+    """How positions, dots and reads are called where an expression is written. `transposed` puts keys on rows.
+
+    `lines` collects the loads that an expression needs, in order; a read is loaded once."""
+
+    program: Attention
+    dots: Mapping[Dot, str]
+    transposed: bool = False
+    bounds: frozenset[str] = frozenset({"q_idx", "kv_idx"})  # axes whose positions may lie outside
+    loaded: dict[Expr, str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    helpers: set[str] = field(default_factory=set)
+
+    def along(self, axis: str) -> str:
+        """The subscript that lays a vector of this axis across a tile of scores."""
+        row = (axis == "q_idx") != self.transposed
+        return "[:, None]" if row else "[None, :]"
+
+    def axis(self, name: str) -> str:
+        return name if name in ("b", "h") else f"{name}{self.along(name)}"
+
+
+def number(value: bool | int | float) -> str:
+    """A literal; Triton has no spelling of infinity but float("inf")."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, float) and abs(value) > 3.4028234663852886e38:
+        return repr(math.copysign(3.4028234663852886e38, value))
+    return repr(value)
+
+
+def triton(expr: Expr, names: Names) -> str:
+    """`expr` as source over tiles. Loads that it needs are appended to `names.lines`."""
+    return _write(expr, names)
+
+
+def _write(expr: Expr, names: Names) -> str:
+    if isinstance(expr, Const):
+        return number(expr.value)
+    if isinstance(expr, Axis):
+        return names.axis(expr.name)
+    if isinstance(expr, Size):
+        return expr.name
+    if isinstance(expr, Dot):
+        return names.dots[expr]
+    if isinstance(expr, Read):
+        return _read(expr, names)
+    if isinstance(expr, Uniform):
+        names.helpers.add("uniform")
+        seed = _read(expr.seed, names)
+        return f"uniform({seed}, (b * H + h).to(tl.int64) * M + {names.axis('q_idx')}, {names.axis('kv_idx')})"
+    assert isinstance(expr, Apply)
+    return _apply(expr, names)
+
+
+def _apply(expr: Apply, names: Names) -> str:
+    args = [_write(arg, names) for arg in expr.args]
+    decls = names.program.decls
+    if expr.op in ("floordiv", "mod") and kind_of(expr, decls) is Kind.INT:
+        names.helpers.add(_CALLS[expr.op])
+        return f"{_CALLS[expr.op]}({', '.join(args)})"
+    if expr.op == "tanh":
+        names.helpers.add("tanh")
+    if expr.op in _CASTS:
+        return f"({args[0]}).to({_CASTS[expr.op]})" if axes_of(expr) or "tl." in args[0] else f"tl.cast({args[0]}, {_CASTS[expr.op]})"
+    if expr.op in _ROUNDS:
+        return f"({args[0]}).to({_ROUNDS[expr.op]}).to(tl.float32)"
+    if expr.op == "pow":
+        return _power(expr, args)
+    if expr.op == "not":
+        return f"(({args[0]}) == 0)"
+    symbol = OPERATORS[expr.op].symbol
+    if expr.op in _CALLS and not symbol:
+        return f"{_CALLS[expr.op]}({', '.join(args)})"
+    if len(args) == 1:
+        return f"({symbol}{args[0]})"
+    return f"({args[0]} {symbol} {args[1]})"
+
+
+def _power(expr: Apply, args: list[str]) -> str:
+    exponent = expr.args[1]
+    if isinstance(exponent, Const) and float(exponent.value) == 0.5:
+        return f"tl.sqrt({args[0]})"
+    if isinstance(exponent, Const) and float(exponent.value) in (2.0, 3.0):
+        return "(" + " * ".join([args[0]] * int(exponent.value)) + ")"
+    raise UnsupportedProgram(f"the kernel has no power {expr_text(expr)}", do="write it with exp and log")
+
+
+def _read(read: Read, names: Names) -> str:
+    """The variable that holds a read, loading it first where it is not there yet."""
+    if read not in names.loaded:
+        count = sum(name.startswith(read.tensor) for name in names.loaded.values())
+        name = f"{read.tensor}_value" if not count else f"{read.tensor}_value{count + 1}"
+        pointer, mask = element_address(read, names)
+        kind = names.program.decls[read.tensor].dtype.kind
+        convert = ".to(tl.float32)" if kind is Kind.FLOAT else " != 0" if kind is Kind.BOOL else ""
+        guard = f", mask={mask}, other=0" if mask else ""
+        load = f"tl.load({pointer}{guard})"
+        names.lines.append(f"{name} = {load}{convert}" if convert != " != 0" else f"{name} = {load}{convert}")
+        names.loaded[read] = name
+    return names.loaded[read]
+
+
+def element_address(read: Read, names: Names) -> tuple[str, str]:
+    """Pointer expression and bounds mask of one element (or a tile of them)."""
+    terms = [pointer_name(read.tensor)]
+    for place, entry in enumerate(read.index):
+        text = _write(entry, names)
+        if text != "0":
+            wide = f"({text}).to(tl.int64)" if axes_of(entry) else text
+            terms.append(f"{wide} * {stride_name(read.tensor, place)}")
+    axes = axes_of(read)
+    tests = []
+    if "q_idx" in axes and "q_idx" in names.bounds:
+        tests.append(f"({names.axis('q_idx')} < M)")
+    if "kv_idx" in axes and "kv_idx" in names.bounds:
+        tests.append(f"({names.axis('kv_idx')} < N)")
+    return " + ".join(terms), " & ".join(tests)
+
+
+def pointer_name(tensor: str) -> str:
+    """The kernel's name of an operand: tensors are capitalised, as the literature has them."""
+    return tensor[0].upper() + tensor[1:]
+
+
+def stride_name(tensor: str, place: int) -> str:
+    return f"stride_{tensor}_{place}"
+
+
+HELPERS: Mapping[str, str] = {
+    "to_base2": '''
+@triton.jit
+def to_base2(x):
+    """x * log2(e); a finite mask such as -3.4e38 is left as it is: it would overflow to -inf, which is another mask."""
+    return tl.where(x > -1.0e38, x * 1.4426950408889634, x)
+''',
+    "to_natural": '''
+@triton.jit
+def to_natural(x):
+    """The inverse of to_base2."""
+    return tl.where(x > -1.0e38, x * 0.6931471805599453, x)
+''',
+    "uniform": '''
+@triton.jit
+def _fmix32(x):
+    """The finaliser of MurmurHash3."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def uniform(seed, row, kv_idx):
+    """A number in [0, 1) for each (row, kv_idx), the same in forward and backward: the mask is never stored."""
+    state = _fmix32(row.to(tl.uint32) ^ seed.to(tl.uint32))
+    state = _fmix32(state ^ (row >> 32).to(tl.uint32) ^ (seed >> 32).to(tl.uint32))
+    bits = _fmix32(state + kv_idx.to(tl.uint32) * 0x9E3779B9)
+    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # the top 24 bits
+''',
+    "tanh": '''
+@triton.jit
+def tanh(x):
+    """From one exponential; exact at both ends."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+''',
+    "floor_div": '''
+@triton.jit
+def floor_div(a, b):
+    """Rounds down, as Python does; Triton's // rounds towards zero."""
+    return a // b - ((a % b != 0) & ((a < 0) != (b < 0))).to(tl.int32)
+''',
+    "floor_mod": '''
+@triton.jit
+def floor_mod(a, b):
+    """The remainder with the sign of the divisor, as Python has it."""
+    rest = a % b
+    return rest + tl.where((rest != 0) & ((rest < 0) != (b < 0)), b, 0)
+''',
+}

@@ -1,0 +1,101 @@
+"""The backward kernels of the softmax family. Weights are recomputed from lse; nothing is summed by atomics.
+
+dS = P * (dP - delta), delta = rowsum(O * dO) - dlse. One kernel walks the keys of each query tile and makes the gradients of the query
+side; the other walks the queries of each key tile, with keys on rows so that no register tile is transposed before a product (Triton
+3.4 to 3.7.0 miscompiles that on Hopper), and makes those of the key side.
+"""
+
+DELTA = '''
+@triton.jit
+def attention_delta({parameters}):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    channels = tl.arange(0, BLOCK_DV)
+    inside = (rows[:, None] < M) & (channels[None, :] < DV)
+    at_o = b.to(tl.int64) * stride_o_b + h.to(tl.int64) * stride_o_h + rows.to(tl.int64)[:, None] * stride_o_m
+    at_do = b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + rows.to(tl.int64)[:, None] * stride_do_m
+    o = tl.load(O + at_o + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    do = tl.load(DO + at_do + channels[None, :] * stride_do_d, mask=inside, other=0.0).to(tl.float32)
+    delta = tl.sum(o * do, 1)
+    at = (b.to(tl.int64) * H + h) * M + rows
+    {subtract_grad_lse}
+    tl.store(Delta + at, delta, mask=rows < M)
+'''
+
+QUERIES = '''
+@triton.jit
+def attention_backward_queries({parameters}):
+    q_tile = tl.load(Order + tl.program_id(0))
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    q_idx = q_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_DV)
+    {load_queries}
+    {load_grad_o}
+    rows = (b.to(tl.int64) * H + h) * M + q_idx
+    {load_lse}
+    {guard_lse}
+    delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
+    {load_rcp}
+    {accumulators}
+    {loops}
+    {store}
+'''
+
+QUERIES_TILE = '''
+kv_idx = kv_start + tl.arange(0, BLOCK_N)
+{load_keys}
+{score_lines}
+scores = {score}
+{apply_mask}
+p = tl.exp2(scores - lse[:, None]){rcp}
+{load_values}
+dp = tl.dot(do, tl.trans(v){precision})
+{gradients}
+'''
+
+KEYS = '''
+@triton.jit
+def attention_backward_keys({parameters}):
+    kv_tile = tl.load(Order + tl.program_id(0))
+    b = tl.program_id(1) // KV_HEADS
+    kv_head = tl.program_id(1) % KV_HEADS
+    kv_idx = kv_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_DV)
+    h = kv_head * GROUP
+    {load_keys}
+    {load_values}
+    {accumulators}
+    for member in range(GROUP):
+        h = kv_head * GROUP + member
+        {head_lines}
+        {loops}
+        {store_per_head}
+    {store}
+'''
+
+KEYS_TILE = '''
+q_idx = q_start + tl.arange(0, BLOCK_M)
+{load_queries}
+rows = (b.to(tl.int64) * H + h) * M + q_idx
+{load_lse}
+{guard_lse}
+delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
+{load_rcp}
+{score_lines}
+scores = {score}  # keys on rows
+{apply_mask}
+p = tl.exp2(scores - lse[None, :]){rcp}
+{load_grad_o}
+{gradients}
+'''
+
+LOOP_OVER_RANGES = '''
+plan_row = {plan_row}
+for r in range(tl.load({name}Count + plan_row)):
+    first = tl.load({name}Begin + plan_row * {name}_ranges + r) * BLOCK_M
+    last = tl.load({name}End + plan_row * {name}_ranges + r) * BLOCK_M
+    for q_start in range(first, last, BLOCK_M):
+        {tile}
+'''

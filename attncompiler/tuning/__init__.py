@@ -1,0 +1,1 @@
+"""Schedules, the search over them, and what they cost."""
