@@ -489,7 +489,7 @@ def _load_grad_o(e: Emission, start: str) -> str:
 
 
 def _load_lse(e: Emission) -> str:
-    return f"lse = {e.base2('tl.load(Lse + rows, mask=q_idx < M, other=float(\"inf\"))')}"
+    return "lse = " + e.base2('tl.load(Lse + rows, mask=q_idx < M, other=float("inf"))')
 
 
 def _guard_lse(e: Emission) -> str:
