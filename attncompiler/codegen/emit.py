@@ -15,7 +15,7 @@ from attncompiler.ir.program import Attention, Dtype, Empty, kind_of
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.plan import score_where_kept
 from attncompiler.templates import softmax_backward, softmax_forward
-from attncompiler.tuning.schedule import Schedule
+from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 512
@@ -92,6 +92,14 @@ class Emission:
         )
         lines.append(f"{name} = tl.load({name}_rows + {name}_channels[None, :] * stride_{name}_channel{guard})")
         return "\n".join(lines)
+
+    def descriptor_block(self, name: str, schedule: KernelSchedule) -> tuple[int, int, int, int] | None:
+        """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
+        lefts = {pointer_name(v.name) for v in self.lefts()}
+        for vector in self.vectors.values():
+            if pointer_name(vector.name) == name:
+                return (1, 1, schedule.block_m if name in lefts else schedule.block_n, vector.block)
+        return (1, 1, schedule.block_m, self.value.block) if name == "DO" else None
 
     def load_all(self, vectors: Iterable[Vector], row: str, rows: str, start: str, masked: bool) -> str:
         return "\n".join(self.load(vector, row, rows, start, masked) for vector in dict.fromkeys(vectors))

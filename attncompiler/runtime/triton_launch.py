@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attncompiler.codegen.emit import Layout, element_gradients, emit, needed_kernels, program_dots, side_of, vector_reads
+from attncompiler.codegen.emit import Emission, Layout, element_gradients, emit, needed_kernels, program_dots, side_of, vector_reads
 from attncompiler.codegen.vectors import VectorView, add_elements, vector_gradient, view_vectors
 from attncompiler.config import cache_dir, read_checked, write_atomic
 from attncompiler.ir.derivative import derivative
@@ -44,9 +45,9 @@ def load_module(source: str) -> ModuleType:
 
 
 @functools.lru_cache(maxsize=1024)
-def kernels_for(program: Attention, schedule: Schedule, layout: Layout) -> ModuleType:
-    """The compiled module of a program; emitted once."""
-    return load_module(emit(program, schedule, layout))
+def kernels_for(program: Attention, schedule: Schedule, layout: Layout) -> tuple[ModuleType, Emission]:
+    """The module of a program's kernels and what was emitted; made once."""
+    return load_module(emit(program, schedule, layout)), Emission(program, schedule, layout)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,38 @@ def _order(plan: TilePlan) -> Tensor:
     return torch.argsort(work, descending=True, stable=True).to(torch.int32)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], arguments: Mapping[str, Any], schedule: KernelSchedule) -> None:
+def _describable(tensor: Tensor) -> bool:
+    """True where a TMA descriptor can show a tensor: aligned, dense channels, no broadcast."""
+    step = tensor.element_size()
+    return (
+        tensor.stride(3) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(size == 1 or (stride > 0 and stride * step % 16 == 0) for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+        and min(tensor.shape) > 0
+    )
+
+
+def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    step = 16 // tensor.element_size()
+    strides = [stride if size > 1 else max(stride, step) // step * step for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    strides[3] = 1
+    return TensorDescriptor(tensor, list(tensor.shape), strides, list(block))
+
+
+def _with_descriptors(arguments: Mapping[str, Any], emission: Emission, schedule: KernelSchedule, names: list[str]) -> dict[str, Any]:
+    found = dict(arguments)
+    for name in names:
+        block = emission.descriptor_block(name, schedule)
+        if block is not None:
+            found[name] = _descriptor(arguments[name], block)
+    return found
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int], arguments: Mapping[str, Any], schedule: KernelSchedule, emission: Emission | None = None
+) -> None:
+    if emission is not None and emission.schedule.descriptors:
+        arguments = _with_descriptors(arguments, emission, schedule, kernel.arg_names)
     values = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     values |= {name: value for name, value in (("BLOCK_M", schedule.block_m), ("BLOCK_N", schedule.block_n)) if name in kernel.arg_names}
     kernel[grid](**values, num_warps=schedule.num_warps, num_stages=schedule.num_stages)
@@ -128,7 +160,10 @@ def _plan_arguments(bound: _Bound, schedule: KernelSchedule, transposed: bool) -
 
 
 def _schedule(bound: _Bound) -> Schedule:
-    return choose_schedule(bound.program, False, few_queries=bound.extents["q_idx"] <= 16)
+    tensors = [view.tensor for view in bound.views.values()]
+    hopper = tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) >= (9, 0)
+    descriptors = hopper and all(_describable(tensor) for tensor in tensors)
+    return choose_schedule(bound.program, descriptors, few_queries=bound.extents["q_idx"] <= 16)
 
 
 def check(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
@@ -141,7 +176,7 @@ def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
     """O, lse and rcp, as docs/design.md defines them."""
     bound = _bind(program, operands, sizes)
     schedule = _schedule(bound)
-    module = kernels_for(program, schedule, Layout(bound.groups, frozenset()))
+    module, emission = kernels_for(program, schedule, Layout(bound.groups, frozenset()))
     b, h, m = (bound.extents[axis] for axis in ("b", "h", "q_idx"))
     value = operands[program.sum.tensor]
     o = value.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
@@ -151,7 +186,7 @@ def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
         return o, lse, rcp
     plan, tiles = _plan_arguments(bound, schedule.forward, False)
     outputs = {"O": o, "Lse": lse, "Rcp": rcp, "stride_o_b": o.stride(0), "stride_o_h": o.stride(1), "stride_o_m": o.stride(2)}
-    _launch(module.attention_forward, (tiles, b * h), {**_arguments(bound), **plan, **outputs}, schedule.forward)
+    _launch(module.attention_forward, (tiles, b * h), {**_arguments(bound), **plan, **outputs}, schedule.forward, emission)
     return o, lse, rcp
 
 
@@ -169,7 +204,9 @@ def backward(
     """Gradients of the operands in `wanted`."""
     bound = _bind(program, operands, sizes)
     schedule = _schedule(bound)
-    module = kernels_for(program, schedule, Layout(bound.groups, wanted, grad_lse is not None))
+    if schedule.descriptors and not _describable(grad_o):
+        grad_o = grad_o.contiguous()
+    module, emission = kernels_for(program, schedule, Layout(bound.groups, wanted, grad_lse is not None))
     b, h, m, n = (bound.extents[axis] for axis in ("b", "h", "q_idx", "kv_idx"))
     delta = torch.empty((b, h, m), dtype=torch.float32, device=o.device)
     arguments = {**_arguments(bound), "O": o, "DO": grad_o, "Lse": lse, "Rcp": rcp, "Delta": delta}
@@ -183,11 +220,11 @@ def backward(
         _launch(module.attention_delta, (math.ceil(m / 64), b * h), arguments, KernelSchedule(64, 64, 4, 1))
         if "queries" in kernels and n:
             plan, tiles = _plan_arguments(bound, schedule.backward_queries, False)
-            _launch(module.attention_backward_queries, (tiles, b * h), {**arguments, **plan}, schedule.backward_queries)
+            _launch(module.attention_backward_queries, (tiles, b * h), {**arguments, **plan}, schedule.backward_queries, emission)
         if "keys" in kernels and n:
             plan, tiles = _plan_arguments(bound, schedule.backward_keys, True)
             group = max(bound.groups)
-            _launch(module.attention_backward_keys, (tiles, b * (h // group)), {**arguments, **plan}, schedule.backward_keys)
+            _launch(module.attention_backward_keys, (tiles, b * (h // group)), {**arguments, **plan}, schedule.backward_keys, emission)
     return sums.finish(lse, rcp, delta)
 
 

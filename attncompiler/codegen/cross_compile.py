@@ -1,0 +1,167 @@
+"""Compile emitted kernels for any target, with no device: machine code, registers, spills, shared memory, and whether they fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from attncompiler.codegen.emit import Emission, Layout, emit, needed_kernels
+from attncompiler.codegen.triton_expr import pointer_name
+from attncompiler.errors import OptionError
+from attncompiler.ir.program import Attention, Dtype
+from attncompiler.tuning.schedule import KernelSchedule, Schedule
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU that Triton compiles for: its name, Triton's own triple, and the shared memory of one block in bytes."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+    )
+}
+KERNELS = ("attention_forward", "attention_delta", "attention_backward_queries", "attention_backward_keys")
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel for one target. `registers` and `spills` (bytes) are 0 where the target's assembler does not tell."""
+
+    name: str
+    target: Target
+    assembly: str  # PTX or AMDGCN
+    machine_code: bytes
+    registers: int
+    spills: int
+    shared: int
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= self.target.shared_memory
+
+    def sass(self) -> str:
+        """Disassembly of the machine code ("" for AMD: the assembly is that already)."""
+        return _tool("nvdisasm", self.machine_code, ("-c",)) if self.target.backend == "cuda" else ""
+
+
+def target_named(name: str) -> Target:
+    """Raises: OptionError for a target that is not known."""
+    if name not in TARGETS:
+        raise OptionError(f"unknown target {name!r}", do=f"the targets are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def cross_compile(program: Attention, schedule: Schedule, layout: Layout, target: str) -> list[CompiledKernel]:
+    """All kernels of a program for a target. Raises: UnsupportedProgram, OptionError."""
+    from attncompiler.runtime.triton_launch import load_module
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise OptionError("kernels can't be compiled while TRITON_INTERPRET=1", do="unset it")
+    module = load_module(emit(program, schedule, layout))
+    sides = needed_kernels(program, layout.wanted)
+    wanted = {"attention_forward": schedule.forward}
+    if sides:
+        wanted["attention_delta"] = KernelSchedule(64, 64, 4, 1)
+    if "queries" in sides:
+        wanted["attention_backward_queries"] = schedule.backward_queries
+    if "keys" in sides:
+        wanted["attention_backward_keys"] = schedule.backward_keys
+    emission = Emission(program, schedule, layout)
+    return [_compile(module, name, kernel, emission, target_named(target)) for name, kernel in wanted.items()]
+
+
+_TYPES = {
+    Dtype.F64: "fp64", Dtype.F32: "fp32", Dtype.BF16: "bf16", Dtype.F16: "fp16", Dtype.BOOL: "u8", Dtype.U8: "u8", Dtype.I8: "i8",
+    Dtype.I16: "i16", Dtype.I32: "i32", Dtype.I64: "i64",
+}  # fmt: skip
+
+
+def _signature(kernel: str, names: list[str], emission: Emission, schedule: KernelSchedule) -> dict[str, str]:
+    """Triton's type of every parameter, by its name."""
+    program = emission.program
+    pointers = {pointer_name(d.name): f"*{_TYPES[d.dtype]}" for d in program.tensors}
+    value = _TYPES[program.value.dtype]
+    pointers |= {"O": f"*{value}", "DO": f"*{value}"}
+    pointers |= dict.fromkeys(("Lse", "Rcp", "Delta", "DLse"), "*fp32")
+    pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
+    found = {}
+    for name in names:
+        table = name.startswith(("Full", "Partial", "Order")) and not name.endswith("_ranges")
+        if name.startswith("BLOCK_"):
+            found[name] = "constexpr"
+        elif kernel != "attention_delta" and emission.schedule.descriptors and (block := emission.descriptor_block(name, schedule)):
+            element = pointers[name].removeprefix("*")
+            found[name] = f"tensordesc<{element}[{', '.join(map(str, block))}]>"
+        else:
+            found[name] = pointers.get(name, "*i32" if table else "*fp32" if name.startswith("Grad_") else "i32")
+    return found
+
+
+def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: Emission, target: Target) -> CompiledKernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function: Any = getattr(module, name)
+    signature = _signature(name, function.arg_names, emission, schedule)
+    unit = [n for n in function.arg_names if n.endswith("_channel")]  # contiguous channels, as nearly always
+    constants: dict[str, Any] = dict.fromkeys(unit, 1) | {
+        n: v for n, v in (("BLOCK_M", schedule.block_m), ("BLOCK_N", schedule.block_n)) if n in signature
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(function.arg_names)
+        if signature[n].startswith("*") or n.startswith("stride_") and signature[n] == "i32"
+    }
+    source = ASTSource(function, signature, constexprs={(function.arg_names.index(n),): v for n, v in constants.items()}, attrs=divisible)
+    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages if target.backend == "cuda" else 1}
+    compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+    binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    registers, spills = _resources(binary, assembly, target)
+    return CompiledKernel(name, target, assembly, binary, registers, spills, int(compiled.metadata.shared))
+
+
+def _resources(binary: bytes, assembly: str, target: Target) -> tuple[int, int]:
+    if target.backend == "cuda":
+        usage = _tool("cuobjdump", binary, ("-res-usage",))
+        registers = re.search(r"REG:(\d+)", usage)
+        stack = re.search(r"STACK:(\d+)", usage)
+        local = re.search(r"LOCAL:(\d+)", usage)
+        spills = max(int(m.group(1)) if m else 0 for m in (stack, local))
+        return int(registers.group(1)) if registers else 0, spills
+    vgprs = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    return int(vgprs.group(1)) if vgprs else 0, int(scratch.group(1)) if scratch else 0
+
+
+def _tool(name: str, binary: bytes, arguments: tuple[str, ...]) -> str:
+    """Run one of the CUDA tools that Triton's wheel carries."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        done = subprocess.run([str(path), *arguments, file.name], capture_output=True, text=True, check=False)
+    return done.stdout

@@ -1,0 +1,338 @@
+"""One GPU session: check every kernel against float64, then time it beside the peers in the same process.
+
+    python benchmarks/gpu_session.py check              correctness on this GPU, small and odd sizes
+    python benchmarks/gpu_session.py schedules          times of candidate schedules (causal and full)
+    python benchmarks/gpu_session.py bench              ours beside flex, cuDNN and FlashAttention-2
+    --sizes N16384,H16,D128   --out FILE.md
+
+TFLOP/s count the kept pairs only; a backward counts 2.5 forwards. Medians of `triton.testing.do_bench`, interleaved with the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attncompiler.ir import Attention, interpret, parse, verify
+from attncompiler.runtime import triton_launch
+from attncompiler.tuning.schedule import KernelSchedule, Schedule
+
+
+def program(n: int, h: int, d: int, score: str = "{dot} * {scale}", keep: str = "", reads: str = "", dtype: str = "bf16") -> Attention:
+    """Dense-layout attention with one head of keys a head of queries."""
+    dot = "dot(q[b, h, q_idx], k[b, h, kv_idx])"
+    text = f"""attention
+      axes    b=1, h={h}, q_idx={n}, kv_idx={n}
+      read    q: {dtype}[1, {h}, {n}, {d}], k: {dtype}[1, {h}, {n}, {d}], v: {dtype}[1, {h}, {n}, {d}]{reads}
+      score   {score.format(dot=dot, scale=d**-0.5)}
+      {f"keep    {keep}" if keep else ""}
+      weigh   softmax
+      sum     v[b, h, kv_idx]
+    """
+    return verify(parse(text))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask or score change: our program, flex's mods, and the share of pairs kept (0: counted on the device)."""
+
+    name: str
+    ours: Attention
+    operands: Mapping[str, Tensor]
+    score_mod: Callable[..., Tensor] | None
+    mask_mod: Callable[..., Tensor] | None
+    density: float
+
+
+def cases(n: int, h: int, d: int) -> list[Case]:
+    """The masks and scores of the field's usual benchmark."""
+    documents = torch.sort(torch.randint(0, 12, (n,), device="cuda")).values.to(torch.int32)
+    slopes = torch.exp2(-8.0 * torch.arange(1, h + 1, device="cuda") / h)
+    table = torch.randn(h, 2 * n, device="cuda", dtype=torch.bfloat16)
+    causal = "kv_idx <= q_idx"
+    half = (n + 1) / (2 * n)
+    counts = torch.bincount(documents.long()).double()
+    in_documents = float((counts * (counts + 1) / 2).sum() / n**2)
+    window = float(sum(min(i + 1, 1025) for i in range(n)) / n**2)
+    causal_mod = lambda b, h, q, k: q >= k  # noqa: E731
+    return [
+        Case("full", program(n, h, d), {}, None, None, 1.0),
+        Case("causal", program(n, h, d, keep=f"{causal} else nan"), {}, None, causal_mod, half),
+        Case("sliding1024", program(n, h, d, keep=f"({causal}) & (q_idx - kv_idx <= 1024) else nan"), {}, None,
+             lambda b, h, q, k: (q >= k) & (q - k <= 1024), window),
+        Case("document-causal", program(n, h, d, keep=f"({causal}) & (doc[q_idx] == doc[kv_idx]) else nan", reads=f", doc: i32[{n}]"),
+             {"doc": documents}, None, lambda b, h, q, k: (q >= k) & (documents[q] == documents[k]), in_documents),
+        Case("alibi-causal", program(n, h, d, score="{dot} * {scale} + slope[h] * (kv_idx - q_idx)", keep=f"{causal} else nan",
+                                     reads=f", slope: f32[{h}]"), {"slope": slopes},
+             lambda s, b, h, q, k: s + slopes[h] * (k - q), causal_mod, half),
+        Case("softcap-causal", program(n, h, d, score="tanh({dot} * {scale} / 20.0) * 20.0", keep=f"{causal} else nan"), {},
+             lambda s, b, h, q, k: torch.tanh(s / 20.0) * 20.0, causal_mod, half),
+        Case("relbias-full", program(n, h, d, score=f"{{dot}} * {{scale}} + table[h, q_idx - kv_idx + {n}]",
+                                     reads=f", table: bf16[{h}, {2 * n}]"), {"table": table},
+             lambda s, b, h, q, k: s + table[h, q - k + n], None, 1.0),
+    ]  # fmt: skip
+
+
+def operands_of(case: Case, n: int, h: int, d: int) -> dict[str, Tensor]:
+    made = {name: torch.randn(1, h, n, d, device="cuda", dtype=torch.bfloat16) for name in "qkv"}
+    return made | dict(case.operands)
+
+
+# ------------------------------------------------------------------------------------------------------------ check
+
+
+CHECKS = (
+    ("plain", "{dot} * 0.25", "", "softmax", "", ""),
+    ("causal", "{dot} * 0.25", "kv_idx <= q_idx else nan", "softmax", "", ""),
+    ("window zero", "{dot} * 0.25", "(kv_idx <= q_idx) & (q_idx - kv_idx < 37) else zero", "softmax", "", ""),
+    ("finite", "where((kv_idx <= q_idx) & mask[b, kv_idx], {dot} * 0.25, -3.4028234663852886e+38)",
+     "(kv_idx <= q_idx) & mask[b, kv_idx] else score", "softmax", "", ", mask: bool[2, {n}]"),
+    ("bias alibi", "{dot} * 0.25 + bias[h, q_idx, kv_idx] - slope[h] * (q_idx - kv_idx)", "", "softmax", "",
+     ", bias: f32[4, {m}, {n}], slope: f32[4]"),
+    ("sinks", "{dot} * 0.25", "kv_idx <= q_idx else nan", "softmax(sink[h], 0.0)", "", ", sink: f32[4]"),
+    ("dropout", "{dot} * 0.25", "", "softmax", "where(uniform(seed[0]) >= 0.25, 1.3333333333333333, 0.0)", ", seed: i64[1]"),
+    ("softcap", "tanh({dot} * 0.25 / 3.0) * 3.0", "kv_idx <= q_idx else nan", "softmax", "", ""),
+)  # fmt: skip
+
+
+def check() -> int:
+    """Every gradient of every check against float64: at most twice the error of the same precision in plain torch."""
+    failures = 0
+    for (name, score, keep, weigh, adjust, reads), dtype, (m, n, d, dv) in itertools.product(
+        CHECKS, ("bf16", "f32"), ((257, 300, 64, 64), (128, 128, 128, 128), (33, 70, 80, 48), (1, 129, 64, 64))
+    ):
+        dot = "dot(q[b, h, q_idx], k[b, h // 2, kv_idx])"
+        text = f"""attention
+          axes    b=2, h=4, q_idx={m}, kv_idx={n}
+          read    q: {dtype}[2, 4, {m}, {d}], k: {dtype}[2, 2, {n}, {d}], v: {dtype}[2, 2, {n}, {dv}]{reads.format(m=m, n=n)}
+          score   {score.format(dot=dot)}
+          {f"keep    {keep}" if keep else ""}
+          weigh   {weigh}
+          {f"adjust  {adjust}" if adjust else ""}
+          sum     v[b, h // 2, kv_idx]
+        """
+        p = verify(parse(text))
+        for strided in (False, True):
+            worst = _worst_ratio(p, strided)
+            if worst > 1.0:
+                failures += 1
+            print(f"{'ok  ' if worst <= 1.0 else 'FAIL'} {name:12} {dtype} M{m} N{n} D{d} Dv{dv} strided={strided}: {worst:.2f} of the budget")
+    return failures
+
+
+def _worst_ratio(p: Attention, strided: bool) -> float:
+    """The largest error over its budget, of O, lse and all gradients, two calls bitwise equal."""
+    torch.manual_seed(0)
+    kinds = {"bf16": torch.bfloat16, "f32": torch.float32, "bool": torch.bool, "i64": torch.int64, "i32": torch.int32}
+    made = {}
+    for decl in p.tensors:
+        shape = [int(s.value) for s in decl.shape]  # type: ignore[attr-defined]
+        dtype = kinds[decl.dtype.value]
+        if dtype is torch.bool:
+            made[decl.name] = torch.rand(shape, device="cuda") > 0.4
+        elif dtype.is_floating_point:
+            wide = torch.randn(*shape[:-1], shape[-1] * 2 + 3, device="cuda").to(dtype)
+            made[decl.name] = wide[..., 1 : shape[-1] * 2 : 2] if strided else wide[..., : shape[-1]].contiguous()
+        else:
+            made[decl.name] = torch.randint(0, 2**40, shape, device="cuda", dtype=dtype)
+    wanted = frozenset(p.differentiable)
+    grad_o = torch.randn(2, 4, *(int(x) for x in (p.axes.q_idx.value, p.value.shape[-1].value)), device="cuda")  # type: ignore[attr-defined]
+    runs = []
+    for _ in range(2):
+        o, lse, rcp = triton_launch.forward(p, made, {})
+        grads = triton_launch.backward(p, made, {}, o, lse, rcp, grad_o.to(o.dtype), None, wanted)
+        runs.append({"o": o, "lse": lse, **grads})
+    if not all(torch.equal(torch.nan_to_num(runs[0][k]), torch.nan_to_num(runs[1][k])) for k in runs[0]):
+        return float("inf")
+    exact, same = (_reference(p, made, grad_o, wanted, dtype) for dtype in (torch.float64, None))
+    worst = 0.0
+    for name, value in exact.items():
+        ours, eager = runs[0][name].double(), same[name].double()
+        finite = torch.isfinite(value)
+        if not torch.equal(finite, torch.isfinite(ours)) and name in ("o", "lse"):
+            return float("inf")
+        value, ours, eager = (torch.where(finite, x, 0.0) for x in (value, ours, eager))
+        eps = torch.finfo(runs[0][name].dtype).eps
+        budget = 2 * (torch.nan_to_num(eager) - value).abs().max() + 4 * eps * value.abs().max() + 1e-6
+        worst = max(worst, float((torch.nan_to_num(ours) - value).abs().max() / budget))
+    return worst
+
+
+def _reference(p: Attention, made: dict[str, Tensor], grad_o: Tensor, wanted: frozenset[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """In float64, or as eager computes it: scores, softmax and gradients in the operands' own dtype."""
+    working = dtype or made["q"].dtype
+    leaves = {
+        k: v.detach().to(working if k in p.vectors or dtype else v.dtype).requires_grad_() if v.is_floating_point() else v
+        for k, v in made.items()
+    }
+    out = interpret(p, leaves, {}, working)
+    names = sorted(wanted)
+    valid = torch.nan_to_num(out.o)
+    grads = torch.autograd.grad((valid * grad_o.to(working)).sum(), [leaves[k] for k in names], allow_unused=True)
+    return {"o": out.o, "lse": out.lse} | {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(names, grads, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+def milliseconds(f: Callable[[], object], warmup: int = 15, rep: int = 60) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(f, warmup=warmup, rep=rep, return_mode="median"))
+
+
+def schedules(n: int, h: int, d: int) -> None:
+    """Candidate schedules, forward and backward, causal and full."""
+    K = KernelSchedule
+    base = Schedule(K(128, 128, 8, 3), K(128, 64, 8, 2), K(64, 128, 8, 2), True)
+    forwards = [K(128, 128, 8, 3), K(128, 128, 8, 2), K(128, 64, 4, 2), K(128, 64, 4, 3), K(128, 64, 8, 3), K(64, 128, 4, 2), K(128, 64, 8, 2)]
+    queries = [K(128, 64, 8, 2), K(128, 64, 8, 3), K(64, 64, 4, 2), K(128, 128, 8, 2), K(64, 128, 4, 2), K(128, 64, 4, 2)]
+    keys = [K(64, 128, 8, 2), K(64, 128, 8, 3), K(64, 64, 4, 2), K(128, 64, 4, 2), K(128, 128, 8, 2), K(64, 64, 4, 3), K(32, 128, 8, 3)]
+    for case in cases(n, h, d)[:2]:
+        made = operands_of(case, n, h, d)
+        flops = 4 * h * n * n * d * case.density
+        choices = [("forward", replace(base, forward=k)) for k in forwards]
+        choices += [("backward_queries", replace(base, backward_queries=k)) for k in queries]
+        choices += [("backward_keys", replace(base, backward_keys=k)) for k in keys]
+        for part, schedule in choices:
+            try:
+                ms = _time_part(case, made, schedule, part)
+                share = {"forward": 1.0, "backward_queries": 1.5, "backward_keys": 2.0}[part]
+                print(f"{case.name:8} {part:17} {getattr(schedule, part)}: {ms:.3f} ms, {share * flops / ms / 1e9:.0f} TFLOP/s", flush=True)
+            except Exception as error:
+                print(f"{case.name:8} {part:17} {getattr(schedule, part)}: {type(error).__name__} {str(error)[:90]!r}", flush=True)
+
+
+def _time_part(case: Case, made: dict[str, Tensor], schedule: Schedule, part: str) -> float:
+    from unittest import mock
+
+    wanted = {"forward": frozenset(), "backward_queries": frozenset("q"), "backward_keys": frozenset("kv")}[part]
+    with mock.patch.object(triton_launch, "_schedule", lambda bound: schedule):
+        o, lse, rcp = triton_launch.forward(case.ours, made, {})
+        if part == "forward":
+            return milliseconds(lambda: triton_launch.forward(case.ours, made, {}))
+        grad_o = torch.randn_like(o)
+        return milliseconds(lambda: triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted))
+
+
+def bench(n: int, h: int, d: int, only: str) -> list[str]:
+    """A row for each case: ours and flex, forward and backward; cuDNN and FA2 where they have the case."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(flex_attention, dynamic=False)
+    rows = ["| case | ours fwd ms (TFLOP/s) | flex fwd | ratio | ours bwd ms (TFLOP/s) | flex bwd | ratio | peer fwd | peer bwd |", "|---|---|---|---|---|---|---|---|---|"]
+    for case in cases(n, h, d):
+        if only and case.name not in only.split(","):
+            continue
+        made = operands_of(case, n, h, d)
+        wanted = frozenset("qkv")
+        o, lse, rcp = triton_launch.forward(case.ours, made, {})
+        grad_o = torch.randn_like(o)
+        block_mask = create_block_mask(case.mask_mod, None, None, n, n, device="cuda") if case.mask_mod else None
+        leaves = [made[name].detach().requires_grad_() for name in "qkv"]
+        theirs = compiled(*leaves, score_mod=case.score_mod, block_mask=block_mask)
+        difference = (o.float() - theirs.float()).norm() / theirs.float().norm()
+        ours_g = triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted)
+        theirs_g = torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True)
+        gap = max(float((ours_g[k].float() - g.float()).norm() / g.float().norm()) for k, g in zip("qkv", theirs_g, strict=True))
+        if not (difference < 2e-2 and gap < 3e-2):
+            rows.append(f"| {case.name} | WRONG: o {difference:.1e}, gradients {gap:.1e} |")
+            continue
+        runs = {
+            "fwd": lambda: triton_launch.forward(case.ours, made, {}),
+            "flex fwd": lambda: compiled(*leaves, score_mod=case.score_mod, block_mask=block_mask),
+            "bwd": lambda: triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted),
+            "flex bwd": lambda: torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True),
+        }
+        peers = _peers(case, leaves, grad_o)
+        timed: dict[str, list[float]] = {name: [] for name in (*runs, *peers)}
+        for _ in range(3):
+            for name, run in (*runs.items(), *peers.items()):
+                timed[name].append(milliseconds(run))
+        ms = {name: statistics.median(times) for name, times in timed.items()}
+        flops = 4 * h * n * n * d * case.density
+        tf = lambda t, k: f"{t:.3f} ({k * flops / t / 1e9:.0f})"  # noqa: E731
+        peer = [" / ".join(f"{name.split()[0]} {tf(t, 1 if 'fwd' in name else 2.5)}" for name, t in ms.items() if name in peers and side in name) for side in ("fwd", "bwd")]
+        rows.append(
+            f"| {case.name} | {tf(ms['fwd'], 1)} | {tf(ms['flex fwd'], 1)} | **{ms['flex fwd'] / ms['fwd']:.2f}** | {tf(ms['bwd'], 2.5)} | "
+            f"{tf(ms['flex bwd'], 2.5)} | **{ms['flex bwd'] / ms['bwd']:.2f}** | {peer[0]} | {peer[1]} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _peers(case: Case, leaves: list[Tensor], grad_o: Tensor) -> dict[str, Callable[[], object]]:
+    """cuDNN and FlashAttention-2 through SDPA, for dense and causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if case.name not in ("full", "causal"):
+        return {}
+    found: dict[str, Callable[[], object]] = {}
+    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FA2", SDPBackend.FLASH_ATTENTION)):
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(*leaves, is_causal=case.name == "causal")
+
+            def run(backend=backend):  # type: ignore[no-untyped-def]
+                with sdpa_kernel(backend):
+                    return scaled_dot_product_attention(*leaves, is_causal=case.name == "causal")
+
+            found[f"{name} fwd"] = run
+            found[f"{name} bwd"] = lambda out=out: torch.autograd.grad(out, leaves, grad_o, retain_graph=True)
+    return found
+
+
+def host_time() -> str:
+    """Microseconds of host time a call over a bare launch of the same kernel."""
+    case = Case("causal", program(64, 1, 64, keep="kv_idx <= q_idx else nan"), {}, None, None, 1.0)
+    made = operands_of(case, 64, 1, 64)
+    triton_launch.forward(case.ours, made, {})
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(500):
+        triton_launch.forward(case.ours, made, {})
+    torch.cuda.synchronize()
+    return f"host time a forward call: {(time.perf_counter() - start) / 500 * 1e6:.1f} us"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["check", "schedules", "bench", "host"])
+    parser.add_argument("--n", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--d", type=int, default=128)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here")
+        return 1
+    failures = 0
+    rows = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, `{' '.join(sys.argv)}`", ""]
+    if "check" in arguments.what:
+        failures = check()
+        print(f"{failures} checks failed")
+    if "host" in arguments.what:
+        rows.append(host_time())
+    if "schedules" in arguments.what:
+        schedules(arguments.n, arguments.heads, arguments.d)
+    if "bench" in arguments.what:
+        rows += bench(arguments.n, arguments.heads, arguments.d, arguments.only)
+    print("\n".join(rows))
+    if arguments.out:
+        arguments.out.write_text("\n".join(rows) + "\n")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
