@@ -123,15 +123,18 @@ class Emission:
     def names(self, transposed: bool, bounds: frozenset[str]) -> Names:
         return Names(self.program, self.dot_names, transposed, bounds, helpers=self.helpers)
 
-    def score(self, masked: bool, names: Names) -> str:
-        """The score in base-2 units."""
+    def score(self, masked: bool, names: Names) -> tuple[str, str]:
+        """(score, what multiplies it into base-2 units): the product joins the subtraction of the maximum in one instruction."""
         expr = self.program.score if masked else self.kept_score
+        if self.program.absorbs:
+            return self.base2(triton(expr, names)), ""
         if isinstance(expr, Dot):
-            return f"{names.dots[expr]} * {LOG2E!r}"
+            return names.dots[expr], f" * {LOG2E!r}"
         if isinstance(expr, Apply) and expr.op in ("mul", "div") and isinstance(expr.args[0], Dot) and isinstance(expr.args[1], Const):
-            factor = float(expr.args[1].value)
-            return f"{names.dots[expr.args[0]]} * {(factor if expr.op == 'mul' else 1 / factor) * LOG2E!r}"
-        return self.base2(triton(expr, names))
+            factor = float(expr.args[1].value) if expr.op == "mul" else 1.0 / float(expr.args[1].value)
+            if factor > 0:  # the row maximum may be taken before scaling
+                return names.dots[expr.args[0]], f" * {factor * LOG2E!r}"
+        return triton(expr, names), f" * {LOG2E!r}"
 
     def base2(self, text: str) -> str:
         """A score in base-2 units; a finite mask must not overflow on the way."""
@@ -259,7 +262,7 @@ def _forward(e: Emission) -> str:
 def _forward_loop(e: Emission, outer: Names, masked: bool) -> str:
     names = e.names(False, frozenset({"q_idx", "kv_idx"}) if masked else frozenset({"q_idx"}))
     names.loaded = dict(outer.loaded)
-    score = e.score(masked, names)
+    score, scale = e.score(masked, names)
     mask = e.mask_lines(names) if masked else ""
     adjust, weights = "", "p"
     before_adjust = len(names.lines)
@@ -273,6 +276,7 @@ def _forward_loop(e: Emission, outer: Names, masked: bool) -> str:
         load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
         score_lines="\n".join(filter(None, [e.products(False), loads])),
         score=score,
+        scale=scale,
         apply_mask=mask,
         reference='m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf minus -inf would be NaN'
         if masked
@@ -364,7 +368,7 @@ def _queries(e: Emission) -> str:
 def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
     names = e.names(False, frozenset({"q_idx", "kv_idx"}))
     names.loaded = dict(outer.loaded)
-    score = e.score(masked, names)
+    score, scale = e.score(masked, names)
     mask = e.mask_lines(names) if masked else ""
     loads = list(names.lines)
     names.lines.clear()
@@ -390,6 +394,7 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
         load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
         score_lines="\n".join(filter(None, [e.products(False), *loads])),
         score=score,
+        scale=scale,
         apply_mask=mask,
         rcp=" * rcp[:, None]" if e.program.absorbs else "",
         load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
@@ -434,7 +439,7 @@ def _keys(e: Emission) -> str:
 def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], columns: list[Read], factors: dict[str, float]) -> str:
     names = e.names(True, frozenset({"q_idx", "kv_idx"}))
     names.loaded = dict(outer.loaded)
-    score = e.score(masked, names)
+    score, scale = e.score(masked, names)
     mask = e.mask_lines(names) if masked else ""
     loads = list(names.lines)
     names.lines.clear()
@@ -465,6 +470,7 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
         score=score,
+        scale=scale,
         apply_mask=mask,
         rcp=" * rcp[None, :]" if e.program.absorbs else "",
         load_grad_o=_load_grad_o(e, "q_start"),

@@ -51,6 +51,15 @@ def _places(read: Read, row: Axis) -> tuple[dict[Axis, int], int] | None:
     return found, group
 
 
+def head_group(read: Read, heads: int) -> int:
+    """How many query heads share one vector of a read: 1 for each its own, `heads` for all."""
+    axes = axes_of(read)
+    if "h" not in axes:
+        return heads
+    divisors = [_divisor(entry, H) for entry in read.index if "h" in axes_of(entry)]
+    return divisors[0] or 1 if len(divisors) == 1 else 1
+
+
 def _merged(read: Read, tensor: Tensor) -> tuple[Read, Tensor]:
     """x[.., h // G, h % G, ..] is x[.., h, ..] of a tensor with the two dimensions made one."""
     for place, (first, second) in enumerate(pairwise(read.index)):

@@ -2,6 +2,66 @@
 
 from __future__ import annotations
 
-from attncompiler.codegen.portable import backward, forward
+import functools
+import logging
+from collections.abc import Mapping
+from types import ModuleType
 
-__all__ = ["backward", "forward"]
+from torch import Tensor
+
+from attncompiler.codegen import portable
+from attncompiler.errors import DeviceError, UnsupportedProgram
+from attncompiler.ir.program import Attention
+from attncompiler.runtime import triton_launch
+
+log = logging.getLogger(__name__)
+
+
+def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """O, lse and rcp (docs/design.md). Raises: DeviceError for operands on different devices."""
+    found: tuple[Tensor, Tensor, Tensor] = _lowering(program, operands, sizes).forward(program, operands, sizes)
+    return found
+
+
+def backward(
+    program: Attention,
+    operands: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    o: Tensor,
+    lse: Tensor,
+    rcp: Tensor,
+    grad_o: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients of the operands in `wanted`, by the lowering that ran the forward."""
+    lowering = _lowering(program, operands, sizes)
+    found: dict[str, Tensor] = lowering.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted)
+    return found
+
+
+def _lowering(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> ModuleType:
+    device = operands[program.sum.tensor].device
+    for name, tensor in operands.items():
+        if tensor.device != device:
+            raise DeviceError(
+                f"operand {name} of the attention is on {tensor.device}, the values are on {device}",
+                where=program.origin.line,
+                do="move all operands to one device",
+            )
+    if device.type != "cuda":
+        return portable
+    reason = unsupported(program)
+    if reason:
+        log.debug("portable lowering for %s: %s", program.origin.line, reason)
+    return portable if reason else triton_launch
+
+
+@functools.lru_cache(maxsize=4096)
+def unsupported(program: Attention) -> str:
+    """Why a program has no Triton kernel; "" if it has one."""
+    try:
+        triton_launch.check(program)
+    except UnsupportedProgram as error:
+        return error.what
+    return ""

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attncompiler.codegen.emit import Emission, Layout, element_gradients, emit, needed_kernels, program_dots, side_of, vector_reads
-from attncompiler.codegen.vectors import VectorView, add_elements, vector_gradient, view_vectors
+from attncompiler.codegen.vectors import VectorView, add_elements, head_group, vector_gradient, view_vectors
 from attncompiler.config import cache_dir, read_checked, write_atomic
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block, whole
@@ -166,10 +166,17 @@ def _schedule(bound: _Bound) -> Schedule:
     return choose_schedule(bound.program, descriptors, few_queries=bound.extents["q_idx"] <= 16)
 
 
-def check(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+def check(program: Attention) -> None:
     """Raises: UnsupportedProgram, with the reason, for a program that has no kernel."""
-    bound = _bind(program, operands, sizes)
-    emit(program, _schedule(bound), Layout(bound.groups, frozenset(program.differentiable)))
+    layout = Layout(static_groups(program), frozenset(program.differentiable))
+    emit(program, choose_schedule(program, False), layout)
+
+
+def static_groups(program: Attention) -> tuple[int, ...]:
+    """How many heads share each vector operand, from the program's text alone (a run-time size counts as 1)."""
+    heads = program.axes.h
+    count = int(heads.value) if isinstance(heads, Const) else 1
+    return tuple(head_group(read, count) for read in vector_reads(program))
 
 
 def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:

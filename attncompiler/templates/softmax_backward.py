@@ -49,7 +49,7 @@ kv_idx = kv_start + tl.arange(0, BLOCK_N)
 {score_lines}
 scores = {score}
 {apply_mask}
-p = tl.exp2(scores - lse[:, None]){rcp}
+p = tl.exp2(scores{scale} - lse[:, None]){rcp}
 {load_values}
 dp = tl.dot(do, tl.trans(v){precision})
 {gradients}
@@ -86,7 +86,7 @@ delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
 {score_lines}
 scores = {score}  # keys on rows
 {apply_mask}
-p = tl.exp2(scores - lse[None, :]){rcp}
+p = tl.exp2(scores{scale} - lse[None, :]){rcp}
 {load_grad_o}
 {gradients}
 '''

@@ -29,9 +29,9 @@ kv_idx = kv_start + tl.arange(0, BLOCK_N)
 {score_lines}
 scores = {score}
 {apply_mask}
-m_new = tl.maximum(m_i, tl.max(scores, 1))
+m_new = tl.maximum(m_i, tl.max(scores, 1){scale})
 {reference}
-p = tl.exp2(scores - m_ref[:, None])
+p = tl.exp2(scores{scale} - m_ref[:, None])
 alpha = tl.exp2(m_i - m_ref)
 l_i = l_i * alpha + tl.sum(p, 1)
 {adjust}

@@ -43,9 +43,9 @@ def choose_schedule(program: Attention, descriptors: bool, few_queries: bool = F
         small = KernelSchedule(16, 64 if d <= 128 else 32, 4, 2)
         return Schedule(small, small, small, descriptors)
     if d <= 64:
-        kernels = KernelSchedule(128, 64, 4, 3), KernelSchedule(128, 64, 8, 3), KernelSchedule(64, 128, 8, 3)
+        kernels = KernelSchedule(128, 64, 4, 3), KernelSchedule(64, 64, 4, 3), KernelSchedule(64, 64, 4, 3)
     elif d <= 128:
-        kernels = KernelSchedule(128, 128, 8, 3), KernelSchedule(128, 64, 8, 2), KernelSchedule(64, 128, 8, 2)
+        kernels = KernelSchedule(128, 128, 8, 3), KernelSchedule(64, 64, 4, 2), KernelSchedule(64, 64, 4, 2)
     elif d <= 256:
         kernels = KernelSchedule(128, 64, 8, 2), KernelSchedule(64, 32, 8, 2), KernelSchedule(32, 64, 8, 2)
     else:
