@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from attncompiler.backend import compile_or_leave
+from attncompiler.codegen.emit import Layout, emit
 from attncompiler.explanation import Explanation, Missed, Region
-from attncompiler.ir.expr import TRUE
-from attncompiler.ir.interpreter import extents_of
+from attncompiler.ir.expr import TRUE, conj, conjuncts, reads_of
+from attncompiler.ir.program import Attention, Keep
 from attncompiler.ir.text import expr_text, to_text
+from attncompiler.passes.plan import TilePlan, build_plan
 from attncompiler.passes.site import Site
+from attncompiler.runtime.lowering import unsupported
+from attncompiler.runtime.triton_launch import static_groups
+from attncompiler.tuning.schedule import choose_schedule
+
+TILE_Q, TILE_KV = 128, 64  # tiles that densities and pictures are counted in
 
 
 def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What `torch.compile(f, backend="attncompiler")` does with these inputs. Never needs a GPU; `f` runs once, on its own device.
 
-    `f` may be a function, a module, or either of them compiled already."""
-    regions: list[Region] = []
+    `f` may be a function, a module, or either of them compiled already. Raises: what `f` itself raises."""
+    sites, explanation = trace(f, *args, **kwargs)
+    return replace(explanation, regions=tuple(_region(site) for site in sites))
+
+
+def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site], Explanation]:
+    """The sites of `f`, and everything of its explanation but the regions."""
+    sites: list[Site] = []
     missed: list[Missed] = []
     graphs = 0
 
@@ -28,33 +42,58 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         nonlocal graphs
         graphs += 1
         compiled = compile_or_leave(module, inputs)
-        regions.extend(_region(site) for site in compiled.sites)
+        sites.extend(compiled.sites)
         missed.extend(compiled.missed)
         return module.forward
 
     original = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", f))
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
     with torch._dynamo.config.patch(recompile_limit=max(64, torch._dynamo.config.recompile_limit)):
         torch.compile(original, backend=record)(*args, **kwargs)
-    return Explanation(tuple(regions), tuple(missed), graphs)
+    after = torch._dynamo.utils.counters["graph_break"]
+    new_breaks = tuple(reason for reason, count in after.items() if count > breaks.get(reason, 0))
+    return sites, Explanation((), tuple(missed), graphs, new_breaks)
 
 
 def _region(site: Site) -> Region:
     program = site.program
     predicate = program.keep.predicate
+    density, notes = plan_of(program, hinted_sizes(site))
+    reason = unsupported(program)
+    if reason:
+        notes = (*notes, f"no GPU kernel: {reason}")
     return Region(
         family="softmax",
         ir=to_text(program),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
-        density=1.0,
-        template="portable",
+        density=density.density,
+        template="portable" if reason else "softmax (Triton); portable without a GPU",
         source_location=program.origin.line,
+        kernels={} if reason else {"attention": kernel_source(program)},
+        notes=notes,
     )
 
 
+def kernel_source(program: Attention, descriptors: bool = False) -> str:
+    """The generated file of a program, forward and backward. Raises: UnsupportedProgram."""
+    layout = Layout(static_groups(program), frozenset(program.differentiable))
+    return emit(program, choose_schedule(program, descriptors), layout)
+
+
+def plan_of(program: Attention, sizes: Mapping[str, int]) -> tuple[TilePlan, tuple[str, ...]]:
+    """The tile plan at given sizes. Parts of the mask that read tensors count as kept: then the density is an upper bound, and a
+    note says so."""
+    parts = conjuncts(program.keep.predicate)
+    static = [part for part in parts if not reads_of(part)]
+    names = sorted({read.tensor for part in parts for read in reads_of(part)})
+    bounded = replace(program, keep=Keep(conj(*static), program.keep.empty))
+    plan = build_plan(bounded, {program.sum.tensor: torch.empty(0)}, sizes, TILE_Q, TILE_KV)
+    notes = (f"at most: what {', '.join(names)} skips is found at run time",) if names else ()
+    return plan, notes
+
+
 def hinted_sizes(site: Site) -> Mapping[str, int]:
-    """The run-time integers of a site at the inputs it was traced with."""
+    """The run-time integers of a site at the inputs that it was traced with."""
     return {name: size if isinstance(size, int) else int(size.node.hint) for name, size in site.sizes.items()}
 
 
-def hinted_extents(site: Site) -> Mapping[str, int]:
-    return extents_of(site.program, hinted_sizes(site))

@@ -1,0 +1,7 @@
+"""`python -m attncompiler`."""
+
+import sys
+
+from attncompiler.cli.main import main
+
+sys.exit(main())

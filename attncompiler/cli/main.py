@@ -1,0 +1,64 @@
+"""`attncompiler explain | inspect | doctor`. Exit codes: 0 all well, 1 something was missed or failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import attncompiler
+from attncompiler.cli import doctor, inspect
+from attncompiler.cli.subject import INPUTS_HELP, load
+from attncompiler.codegen.cross_compile import TARGETS
+from attncompiler.errors import AttnCompilerError, OptionError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command line."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except OptionError as error:
+        print(f"attncompiler: {error}", file=sys.stderr)
+        return 2
+    except AttnCompilerError as error:
+        print(f"attncompiler: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attncompiler", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"attncompiler {attncompiler.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, subject: bool) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=about, description=about, epilog=INPUTS_HELP if subject else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        if subject:
+            sub.add_argument("subject", metavar="path.py:name", help="a function or class of yours")
+            sub.add_argument("--input", action="append", default=[], metavar="SHAPE[:DTYPE]", help="one example tensor")
+        sub.add_argument("--json", action="store_true", help="print plain data instead of tables")
+        return sub
+
+    explain = command("explain", "say which attentions of a function are taken, which are not, and why", True)
+    explain.set_defaults(run=_explain)
+    look = command("inspect", "list and show the generated kernels of a function", True)
+    look.add_argument("--show", choices=["list", "source", "ir", "ptx", "sass", "resources"], default="list")
+    look.add_argument("--region", type=int, help="only this region (its number in the list)")
+    look.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to compile for; none is needed here")
+    look.add_argument("--html", metavar="FILE", help="write a page: source beside the program, and the mask's picture")
+    look.set_defaults(run=inspect.run)
+    health = command("doctor", "check this installation: versions, device, caches, what works here", False)
+    health.set_defaults(run=doctor.run)
+    return parser
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    subject = load(arguments.subject, arguments.input)
+    explanation = attncompiler.explain(subject.call, *subject.args, **subject.kwargs)
+    print(json.dumps(explanation.to_dict(), indent=2) if arguments.json else explanation)
+    return 1 if explanation.missed else 0

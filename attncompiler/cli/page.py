@@ -1,0 +1,59 @@
+"""One self-contained HTML page: for each region the program, the picture of its mask, and the generated source beside them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from attncompiler.ir.text import to_text
+from attncompiler.passes.plan import Coverage, TilePlan
+
+if TYPE_CHECKING:
+    from attncompiler.cli.inspect import Inspected
+
+_COLOURS = {Coverage.EMPTY: "#f2f2ee", Coverage.PARTIAL: "#e8a33d", Coverage.FULL: "#2f6f8f"}
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
+h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2.2rem }
+.region { display: grid; grid-template-columns: minmax(20rem, 2fr) 5fr; gap: 1.5rem; align-items: start }
+pre { background: #f7f7f4; border: 1px solid #e2e2dc; border-radius: 6px; padding: .8rem; overflow: auto; font-size: 12.5px; max-height: 80vh }
+.legend span { display: inline-block; width: .9em; height: .9em; margin: 0 .35em 0 1em; border: 1px solid #bbb; vertical-align: -1px }
+svg { border: 1px solid #ccc; width: 100%; max-width: 24rem; height: auto }
+"""
+_MOST_CELLS = 64  # a larger plan is drawn coarser: a cell then shows the fullest of its tiles
+
+
+def page(name: str, regions: Sequence[Inspected]) -> str:
+    """The page of a function's regions."""
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}: attention kernels</title><style>{_STYLE}</style>",
+             f"<h1>Attention in <code>{html.escape(name)}</code></h1>"]  # fmt: skip
+    for number, region in enumerate(regions):
+        line = html.escape(region.program.origin.line)
+        source = html.escape(region.source) if region.source else f"no GPU kernel: {html.escape(region.reason)}"
+        parts.append(
+            f"<h2>Region {number}, {line}</h2><div class='region'><div><pre>{html.escape(to_text(region.program))}</pre>"
+            f"{_picture(region.plan)}{_legend(region.plan)}</div><pre>{source}</pre></div>"
+        )
+    return "\n".join(parts)
+
+
+def _legend(plan: TilePlan) -> str:
+    names = {Coverage.FULL: "full", Coverage.PARTIAL: "partial", Coverage.EMPTY: "empty (skipped)"}
+    keys = "".join(f"<span style='background:{_COLOURS[c]}'></span>{text}" for c, text in names.items())
+    return f"<p class='legend'>{keys}</p><p>{plan.block_q} queries by {plan.block_kv} keys a tile; {100 * plan.density:.3g} % visited</p>"
+
+
+def _picture(plan: TilePlan) -> str:
+    """Queries downwards, keys to the right; the first batch and head."""
+    coverage = plan.coverage[0, 0]
+    rows, columns = coverage.shape
+    step_r, step_c = -(-rows // _MOST_CELLS), -(-columns // _MOST_CELLS)
+    cells = []
+    for r in range(0, rows, step_r):
+        for c in range(0, columns, step_c):
+            box = coverage[r : r + step_r, c : c + step_c]
+            kind = Coverage.FULL if bool((box == 2).all()) else Coverage.EMPTY if bool((box == 0).all()) else Coverage.PARTIAL
+            cells.append(f"<rect x='{c // step_c}' y='{r // step_r}' width='1' height='1' fill='{_COLOURS[kind]}'/>")
+    width, height = -(-columns // step_c), -(-rows // step_r)
+    return f"<svg viewBox='0 0 {width} {height}' preserveAspectRatio='none' shape-rendering='crispEdges'>{''.join(cells)}</svg>"

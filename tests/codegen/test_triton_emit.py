@@ -1,0 +1,69 @@
+"""What the emitted source holds, and which programs have none."""
+
+import os
+
+import pytest
+
+from attncompiler.codegen.cross_compile import TARGETS, cross_compile
+from attncompiler.codegen.emit import Layout, emit
+from attncompiler.errors import UnsupportedProgram
+from attncompiler.ir import Attention, parse, verify
+from attncompiler.tuning.schedule import choose_schedule
+
+
+def program(dtype: str = "bf16", d: int = 64, keep: str = "kv_idx <= q_idx else nan") -> Attention:
+    text = f"""attention  # model.py:41
+      axes b=2, h=4, q_idx=256, kv_idx=256
+      read q: {dtype}[2, 4, 256, {d}], k: {dtype}[2, 2, 256, {d}], v: {dtype}[2, 2, 256, {d}]
+      score dot(q[b, h, q_idx], k[b, h // 2, kv_idx]) * 0.125
+      keep {keep}
+      weigh softmax
+      sum v[b, h // 2, kv_idx]
+    """
+    return verify(parse(text))
+
+
+def source(p: Attention, wanted: str = "qkv") -> str:
+    return emit(p, choose_schedule(p, False), Layout((1, 2, 2), frozenset(wanted)))
+
+
+def test_no_register_tile_is_transposed_into_a_product() -> None:
+    """Triton 3.4 to 3.7.0 miscompiles that on Hopper: wrong dK and dV without an error."""
+    text = source(program())
+    assert "tl.dot(tl.trans(" not in text
+    assert "tl.trans(p" not in text and "tl.trans(ds" not in text
+
+
+def test_gradients_are_deterministic() -> None:
+    assert "atomic" not in source(program())
+
+
+def test_header_names_the_line_and_the_program() -> None:
+    assert source(program()).startswith("# Attention for model.py:41. Visits the tiles that hold a pair with: kv_idx <= q_idx.")
+
+
+def test_no_backward_where_none_is_wanted() -> None:
+    assert "backward" not in source(program(), "")
+
+
+def test_only_the_key_side_is_made_for_frozen_queries() -> None:
+    text = source(program(), "kv")
+    assert "attention_backward_keys" in text and "attention_backward_queries" not in text
+
+
+@pytest.mark.parametrize(("dtype", "d"), [("f64", 64), ("bf16", 513)])
+def test_unsupported_programs_say_why(dtype: str, d: int) -> None:
+    with pytest.raises(UnsupportedProgram):
+        source(program(dtype, d))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_and_fit_every_target(target: str) -> None:
+    p = program()
+    kernels = cross_compile(p, choose_schedule(p, False), Layout((1, 2, 2), frozenset("qkv")), target)
+    assert {k.name for k in kernels} == {
+        "attention_forward", "attention_delta", "attention_backward_queries", "attention_backward_keys",
+    }  # fmt: skip
+    for kernel in kernels:
+        assert kernel.assembly and kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory on {target}"
