@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
-from attncompiler.runtime import ops as _registered_ops  # noqa: F401  the graphs call these
+from attncompiler.runtime import ops  # noqa: F401  registers the op that compiled graphs call
 
 log = logging.getLogger(__name__)
 

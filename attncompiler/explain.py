@@ -95,5 +95,3 @@ def plan_of(program: Attention, sizes: Mapping[str, int]) -> tuple[TilePlan, tup
 def hinted_sizes(site: Site) -> Mapping[str, int]:
     """The run-time integers of a site at the inputs that it was traced with."""
     return {name: size if isinstance(size, int) else int(size.node.hint) for name, size in site.sizes.items()}
-
-

@@ -54,7 +54,9 @@ class Explanation:
             parts.append(tabulate(rows, headers=headers, maxcolwidths=[None, 40, None, 60, None, 30]))
         if self.missed:
             rows_missed = [(m.source_location, m.reason, m.advice) for m in self.missed]
-            parts.append("Left to Inductor:\n" + tabulate(rows_missed, headers=("where", "why", "what to do"), maxcolwidths=[40, 60, 50]))
+            parts.append(
+                "Left to Inductor:\n" + tabulate(rows_missed, headers=("where", "why", "what to do"), maxcolwidths=[40, 60, 50])
+            )
         if not parts:
             parts.append("No attention found.")
         for reason in self.graph_breaks:

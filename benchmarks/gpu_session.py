@@ -27,7 +27,9 @@ from attncompiler.runtime import triton_launch
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
 
-def program(n: int, h: int, d: int, score: str = "{dot} * {scale}", keep: str = "", reads: str = "", dtype: str = "bf16") -> Attention:
+def program(
+    n: int, h: int, d: int, score: str = "{dot} * {scale}", keep: str = "", reads: str = "", dtype: str = "bf16"
+) -> Attention:
     """Dense-layout attention with one head of keys a head of queries."""
     dot = "dot(q[b, h, q_idx], k[b, h, kv_idx])"
     text = f"""attention
@@ -63,13 +65,14 @@ def cases(n: int, h: int, d: int) -> list[Case]:
     counts = torch.bincount(documents.long()).double()
     in_documents = float((counts * (counts + 1) / 2).sum() / n**2)
     window = float(sum(min(i + 1, 1025) for i in range(n)) / n**2)
-    causal_mod = lambda b, h, q, k: q >= k  # noqa: E731
+    causal_mod = lambda b, h, q, k: q >= k
     return [
         Case("full", program(n, h, d), {}, None, None, 1.0),
         Case("causal", program(n, h, d, keep=f"{causal} else nan"), {}, None, causal_mod, half),
         Case("sliding1024", program(n, h, d, keep=f"({causal}) & (q_idx - kv_idx <= 1024) else nan"), {}, None,
              lambda b, h, q, k: (q >= k) & (q - k <= 1024), window),
-        Case("document-causal", program(n, h, d, keep=f"({causal}) & (doc[q_idx] == doc[kv_idx]) else nan", reads=f", doc: i32[{n}]"),
+        Case("document-causal", program(n, h, d, keep=f"({causal}) & (doc[q_idx] == doc[kv_idx]) else nan",
+                                        reads=f", doc: i32[{n}]"),
              {"doc": documents}, None, lambda b, h, q, k: (q >= k) & (documents[q] == documents[k]), in_documents),
         Case("alibi-causal", program(n, h, d, score="{dot} * {scale} + slope[h] * (kv_idx - q_idx)", keep=f"{causal} else nan",
                                      reads=f", slope: f32[{h}]"), {"slope": slopes},
@@ -129,7 +132,10 @@ def check(part: int, parts: int) -> int:
             worst = _worst_ratio(p, strided)
             if worst > 1.0:
                 failures += 1
-            print(f"{'ok  ' if worst <= 1.0 else 'FAIL'} {name:12} {dtype} M{m} N{n} D{d} Dv{dv} strided={strided}: {worst:.2f} of the budget")
+            print(
+                f"{'ok  ' if worst <= 1.0 else 'FAIL'} {name:12} {dtype} M{m} N{n} D{d} Dv{dv} strided={strided}:"
+                f" {worst:.2f} of the budget"
+            )
     return failures
 
 
@@ -173,7 +179,9 @@ def _worst_ratio(p: Attention, strided: bool) -> float:
     return worst
 
 
-def _reference(p: Attention, made: dict[str, Tensor], grad_o: Tensor, wanted: frozenset[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _reference(
+    p: Attention, made: dict[str, Tensor], grad_o: Tensor, wanted: frozenset[str], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """In float64, or as eager computes it: scores, softmax and gradients in the operands' own dtype."""
     working = dtype or made["q"].dtype
     leaves = {
@@ -184,7 +192,9 @@ def _reference(p: Attention, made: dict[str, Tensor], grad_o: Tensor, wanted: fr
     names = sorted(wanted)
     valid = torch.nan_to_num(out.o)
     grads = torch.autograd.grad((valid * grad_o.to(working)).sum(), [leaves[k] for k in names], allow_unused=True)
-    return {"o": out.o, "lse": out.lse} | {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(names, grads, strict=True)}
+    return {"o": out.o, "lse": out.lse} | {
+        k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(names, grads, strict=True)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- time
@@ -213,7 +223,10 @@ def schedules(n: int, h: int, d: int) -> None:
             try:
                 ms = _time_part(case, made, schedule, part)
                 share = {"forward": 1.0, "backward_queries": 1.5, "backward_keys": 2.0}[part]
-                print(f"{case.name:8} {part:17} {getattr(schedule, part)}: {ms:.3f} ms, {share * flops / ms / 1e9:.0f} TFLOP/s", flush=True)
+                print(
+                    f"{case.name:8} {part:17} {getattr(schedule, part)}: {ms:.3f} ms, {share * flops / ms / 1e9:.0f} TFLOP/s",
+                    flush=True,
+                )
             except Exception as error:
                 print(f"{case.name:8} {part:17} {getattr(schedule, part)}: {type(error).__name__} {str(error)[:90]!r}", flush=True)
 
@@ -232,49 +245,62 @@ def _time_part(case: Case, made: dict[str, Tensor], schedule: Schedule, part: st
 
 def bench(n: int, h: int, d: int, only: str) -> list[str]:
     """A row for each case: ours and flex, forward and backward; cuDNN and FA2 where they have the case."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(flex_attention, dynamic=False)
-    rows = ["| case | ours fwd ms (TFLOP/s) | flex fwd | ratio | ours bwd ms (TFLOP/s) | flex bwd | ratio | peer fwd | peer bwd |", "|---|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| case | ours fwd ms (TFLOP/s) | flex fwd | ratio | ours bwd ms (TFLOP/s) | flex bwd | ratio | peer fwd | peer bwd |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for case in cases(n, h, d):
         if only and case.name not in only.split(","):
             continue
-        made = operands_of(case, n, h, d)
-        wanted = frozenset("qkv")
-        o, lse, rcp = triton_launch.forward(case.ours, made, {})
-        grad_o = torch.randn_like(o)
-        block_mask = create_block_mask(case.mask_mod, None, None, n, n, device="cuda") if case.mask_mod else None
-        leaves = [made[name].detach().requires_grad_() for name in "qkv"]
-        theirs = compiled(*leaves, score_mod=case.score_mod, block_mask=block_mask)
-        difference = (o.float() - theirs.float()).norm() / theirs.float().norm()
-        ours_g = triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted)
-        theirs_g = torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True)
-        gap = max(float((ours_g[k].float() - g.float()).norm() / g.float().norm()) for k, g in zip("qkv", theirs_g, strict=True))
-        if not (difference < 2e-2 and gap < 3e-2):
-            rows.append(f"| {case.name} | WRONG: o {difference:.1e}, gradients {gap:.1e} |")
-            continue
-        runs = {
-            "fwd": lambda: triton_launch.forward(case.ours, made, {}),
-            "flex fwd": lambda: compiled(*leaves, score_mod=case.score_mod, block_mask=block_mask),
-            "bwd": lambda: triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted),
-            "flex bwd": lambda: torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True),
-        }
-        peers = _peers(case, leaves, grad_o)
-        timed: dict[str, list[float]] = {name: [] for name in (*runs, *peers)}
-        for _ in range(3):
-            for name, run in (*runs.items(), *peers.items()):
-                timed[name].append(milliseconds(run))
-        ms = {name: statistics.median(times) for name, times in timed.items()}
-        flops = 4 * h * n * n * d * case.density
-        tf = lambda t, k: f"{t:.3f} ({k * flops / t / 1e9:.0f})"  # noqa: E731
-        peer = [" / ".join(f"{name.split()[0]} {tf(t, 1 if 'fwd' in name else 2.5)}" for name, t in ms.items() if name in peers and side in name) for side in ("fwd", "bwd")]
-        rows.append(
-            f"| {case.name} | {tf(ms['fwd'], 1)} | {tf(ms['flex fwd'], 1)} | **{ms['flex fwd'] / ms['fwd']:.2f}** | {tf(ms['bwd'], 2.5)} | "
-            f"{tf(ms['flex bwd'], 2.5)} | **{ms['flex bwd'] / ms['bwd']:.2f}** | {peer[0]} | {peer[1]} |"
-        )
+        rows.append(_row(case, n, h, d, compiled))
         print(rows[-1], flush=True)
     return rows
+
+
+def _row(case: Case, n: int, h: int, d: int, compiled: Callable[..., Tensor]) -> str:
+    """One line of the table: checked against flex, then timed with the peers, interleaved."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    made = operands_of(case, n, h, d)
+    wanted = frozenset("qkv")
+    o, lse, rcp = triton_launch.forward(case.ours, made, {})
+    grad_o = torch.randn_like(o)
+    block_mask = create_block_mask(case.mask_mod, None, None, n, n, device="cuda") if case.mask_mod else None
+    leaves = [made[name].detach().requires_grad_() for name in "qkv"]
+    theirs = compiled(*leaves, score_mod=case.score_mod, block_mask=block_mask)
+    difference = (o.float() - theirs.float()).norm() / theirs.float().norm()
+    ours_g = triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted)
+    theirs_g = torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True)
+    gap = max(float((ours_g[k].float() - g.float()).norm() / g.float().norm()) for k, g in zip("qkv", theirs_g, strict=True))
+    if not (difference < 2e-2 and gap < 3e-2):
+        return f"| {case.name} | WRONG: o {difference:.1e}, gradients {gap:.1e} |"
+    runs = {
+        "fwd": lambda: triton_launch.forward(case.ours, made, {}),
+        "flex fwd": lambda: compiled(*leaves, score_mod=case.score_mod, block_mask=block_mask),
+        "bwd": lambda: triton_launch.backward(case.ours, made, {}, o, lse, rcp, grad_o, None, wanted),
+        "flex bwd": lambda: torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True),
+    }
+    peers = _peers(case, leaves, grad_o)
+    timed: dict[str, list[float]] = {name: [] for name in (*runs, *peers)}
+    for _ in range(3):
+        for name, run in (*runs.items(), *peers.items()):
+            timed[name].append(milliseconds(run))
+    ms = {name: statistics.median(times) for name, times in timed.items()}
+    flops = 4 * h * n * n * d * case.density
+
+    def rate(name: str, forwards: float) -> str:
+        return f"{ms[name]:.3f} ({forwards * flops / ms[name] / 1e9:.0f})"
+
+    def others(side: str, forwards: float) -> str:
+        return " / ".join(f"{name.split()[0]} {rate(name, forwards)}" for name in peers if side in name)
+
+    ratios = [f"**{ms[f'flex {side}'] / ms[side]:.2f}**" for side in ("fwd", "bwd")]
+    cells = [case.name, rate("fwd", 1), rate("flex fwd", 1), ratios[0], rate("bwd", 2.5), rate("flex bwd", 2.5), ratios[1]]
+    return "| " + " | ".join([*cells, others("fwd", 1), others("bwd", 2.5)]) + " |"
 
 
 def _peers(case: Case, leaves: list[Tensor], grad_o: Tensor) -> dict[str, Callable[[], object]]:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tabulate import tabulate
@@ -47,7 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([vars(f) for f in findings], indent=2))
     else:
-        print(tabulate([("ok" if f.ok else "FAIL" if f.essential else "-", f.what, f.seen) for f in findings], headers=("", "check", "seen")))
+        print(
+            tabulate(
+                [("ok" if f.ok else "FAIL" if f.essential else "-", f.what, f.seen) for f in findings],
+                headers=("", "check", "seen"),
+            )
+        )
     return 1 if any(f.essential and not f.ok for f in findings) else 0
 
 
@@ -59,13 +65,15 @@ def _findings() -> list[Finding]:
         Finding("torch", _version(torch.__version__) >= (2, 11), torch.__version__, True),
         Finding("triton", _version(triton.__version__) >= (3, 6), triton.__version__, True),
         _device(),
-        Finding("C++ compiler (Inductor on a CPU)", bool(shutil.which("g++") or shutil.which("clang++")), shutil.which("g++") or "none"),
+        Finding(
+            "C++ compiler (Inductor on a CPU)", bool(shutil.which("g++") or shutil.which("clang++")), shutil.which("g++") or "none"
+        ),
         _cache(),
         _try("recognition and training, portable lowering", _portable, True),
     ]
     for target in TARGETS:
         print(f"compiling for {target} ...", file=sys.stderr)
-        found.append(_try(f"cross-compilation to {target}", lambda target=target: _cross(target)))
+        found.append(_try(f"cross-compilation to {target}", partial(_cross, target)))
     return [*found, _recompiles()]
 
 
@@ -98,7 +106,6 @@ def _portable() -> str:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (q @ k.mT / 8).softmax(-1) @ v
 
-    torch._dynamo.reset_code(attention.__code__)
     q, k, v = (torch.randn(1, 2, 40, 64, requires_grad=True) for _ in range(3))
     out = torch.compile(attention, backend="attncompiler", options={"inner": "aot_eager"})(q, k, v)
     out.sum().backward()

@@ -49,13 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = list(enumerate(regions))
     if arguments.region is not None:
         if not 0 <= arguments.region < len(regions):
-            raise OptionError(f"there is no region {arguments.region}", do=f"{arguments.subject} has regions 0 to {len(regions) - 1}")
+            raise OptionError(
+                f"there is no region {arguments.region}", do=f"{arguments.subject} has regions 0 to {len(regions) - 1}"
+            )
         chosen = [chosen[arguments.region]]
     if arguments.html:
         Path(arguments.html).write_text(page(subject.name, regions))
         print(f"wrote {arguments.html}", file=sys.stderr)
     if arguments.show in ("source", "ir"):
-        texts = [r.source or f"# no GPU kernel: {r.reason}\n" if arguments.show == "source" else to_text(r.program) for _, r in chosen]
+        texts = [
+            r.source or f"# no GPU kernel: {r.reason}\n" if arguments.show == "source" else to_text(r.program) for _, r in chosen
+        ]
         print(json.dumps(texts) if arguments.json else "\n".join(texts))
     else:
         _compiled(arguments, chosen)
@@ -75,7 +79,7 @@ def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]
             continue
         print(f"compiling region {number} for {arguments.target} ...", file=sys.stderr)
         for kernel in _kernels(region.program, arguments.target):
-            rows.append([number, region.program.origin.line, kernel.name, kernel.target.name, kernel.registers or "?", kernel.spills,
+            rows.append([number, region.program.origin.line, kernel.name, arguments.target, kernel.registers or "?", kernel.spills,
                          kernel.shared, "yes" if kernel.fits else "NO"])  # fmt: skip
             texts.append(kernel.assembly if arguments.show == "ptx" else kernel.sass() if arguments.show == "sass" else "")
     headers = ["region", "where", "kernel", "target", "registers", "spilled bytes", "shared bytes", "fits"]

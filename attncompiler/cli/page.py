@@ -17,8 +17,10 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
 h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2.2rem }
 .region { display: grid; grid-template-columns: minmax(20rem, 2fr) 5fr; gap: 1.5rem; align-items: start }
-pre { background: #f7f7f4; border: 1px solid #e2e2dc; border-radius: 6px; padding: .8rem; overflow: auto; font-size: 12.5px; max-height: 80vh }
-.legend span { display: inline-block; width: .9em; height: .9em; margin: 0 .35em 0 1em; border: 1px solid #bbb; vertical-align: -1px }
+pre { background: #f7f7f4; border: 1px solid #e2e2dc; border-radius: 6px; padding: .8rem; overflow: auto; font-size: 12.5px;
+      max-height: 80vh }
+.legend span { display: inline-block; width: .9em; height: .9em; margin: 0 .35em 0 1em; border: 1px solid #bbb;
+               vertical-align: -1px }
 svg { border: 1px solid #ccc; width: 100%; max-width: 24rem; height: auto }
 """
 _MOST_CELLS = 64  # a larger plan is drawn coarser: a cell then shows the fullest of its tiles
@@ -41,7 +43,8 @@ def page(name: str, regions: Sequence[Inspected]) -> str:
 def _legend(plan: TilePlan) -> str:
     names = {Coverage.FULL: "full", Coverage.PARTIAL: "partial", Coverage.EMPTY: "empty (skipped)"}
     keys = "".join(f"<span style='background:{_COLOURS[c]}'></span>{text}" for c, text in names.items())
-    return f"<p class='legend'>{keys}</p><p>{plan.block_q} queries by {plan.block_kv} keys a tile; {100 * plan.density:.3g} % visited</p>"
+    size = f"{plan.block_q} queries by {plan.block_kv} keys a tile; {100 * plan.density:.3g} % visited"
+    return f"<p class='legend'>{keys}</p><p>{size}</p>"
 
 
 def _picture(plan: TilePlan) -> str:

@@ -18,7 +18,8 @@ INPUTS_HELP = """example inputs, in this order of precedence:
   example_inputs_<name>() or example_inputs() in the file, returning (args...) or ((args...), {kwargs})
 a class is made by make_<Name>() in the file, or without arguments"""
 _DTYPES = {
-    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64, "i32": torch.int32,
+    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
+    "i32": torch.int32,
     "bool": torch.bool,
 }  # fmt: skip
 
@@ -73,7 +74,9 @@ def _tensor(text: str) -> torch.Tensor:
         sizes = [int(part) for part in shape.split(",") if part]
         kind = _DTYPES[dtype or "f32"]
     except (ValueError, KeyError):
-        raise OptionError(f"--input {text!r} is not SHAPE[:DTYPE]", do=f"for example 2,8,1024,64:bf16; dtypes: {', '.join(_DTYPES)}") from None
+        raise OptionError(
+            f"--input {text!r} is not SHAPE[:DTYPE]", do=f"for example 2,8,1024,64:bf16; dtypes: {', '.join(_DTYPES)}"
+        ) from None
     if kind.is_floating_point:
         return torch.randn(sizes).to(kind)
     return torch.randint(0, 2, sizes).to(kind)

@@ -131,9 +131,11 @@ def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: 
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(function.arg_names)
-        if signature[n].startswith("*") or n.startswith("stride_") and signature[n] == "i32"
+        if signature[n].startswith("*") or (n.startswith("stride_") and signature[n] == "i32")
     }
-    source = ASTSource(function, signature, constexprs={(function.arg_names.index(n),): v for n, v in constants.items()}, attrs=divisible)
+    source = ASTSource(
+        function, signature, constexprs={(function.arg_names.index(n),): v for n, v in constants.items()}, attrs=divisible
+    )
     options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages if target.backend == "cuda" else 1}
     compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]

@@ -39,8 +39,8 @@ class Vector:
 class Layout:
     """What the operands look like at run time, as far as the source depends on it.
 
-    `groups` holds the heads that share a vector, for each vector operand in order of first use; `ragged` is False where the number of
-    keys is known to fill its tiles; `wanted` names the operands whose gradients are asked for."""
+    `groups` holds the heads that share a vector, for each vector operand in order of first use; `wanted` names the operands whose
+    gradients are asked for."""
 
     groups: tuple[int, ...]
     wanted: frozenset[str]
@@ -57,9 +57,7 @@ class Emission:
         reads = vector_reads(program)
         sizes = [_literal(program, read) for read in reads]
         groups = dict(zip(reads, layout.groups, strict=True))
-        self.vectors = {
-            read: Vector(read.tensor, read, groups[read], size) for read, size in zip(reads, sizes, strict=True)
-        }
+        self.vectors = {read: Vector(read.tensor, read, groups[read], size) for read, size in zip(reads, sizes, strict=True)}
         self.value = self.vectors[program.sum]
         shared = {groups[dot.right] for dot in self.dots} | {self.value.group}
         self.group = max(shared)
@@ -85,7 +83,7 @@ class Emission:
             [f"({name}_channels[None, :] < {vector.size})"] if vector.block != vector.size else []
         )
         guard = f", mask={' & '.join(tests)}, other=0.0" if tests else ""
-        lines = [f"{name}_channels = tl.arange(0, {vector.block})"] if vector.block != self.value.block or True else []
+        lines = [f"{name}_channels = tl.arange(0, {vector.block})"]
         lines.append(
             f"{name}_rows = {big} + b.to(tl.int64) * stride_{name}_b + ({head}).to(tl.int64) * stride_{name}_h"
             f" + {row}.to(tl.int64)[:, None] * stride_{name}_row"
@@ -130,7 +128,12 @@ class Emission:
             return self.base2(triton(expr, names)), ""
         if isinstance(expr, Dot):
             return names.dots[expr], f" * {LOG2E!r}"
-        if isinstance(expr, Apply) and expr.op in ("mul", "div") and isinstance(expr.args[0], Dot) and isinstance(expr.args[1], Const):
+        if (
+            isinstance(expr, Apply)
+            and expr.op in ("mul", "div")
+            and isinstance(expr.args[0], Dot)
+            and isinstance(expr.args[1], Const)
+        ):
             factor = float(expr.args[1].value) if expr.op == "mul" else 1.0 / float(expr.args[1].value)
             if factor > 0:  # the row maximum may be taken before scaling
                 return names.dots[expr.args[0]], f" * {factor * LOG2E!r}"
@@ -160,7 +163,7 @@ class Emission:
 
     def element_reads(self, extra: bool) -> list[Read]:
         """Single elements that scores, predicate and factors read; those of extra scores too if `extra`."""
-        exprs = (self.program.score, self.program.keep.predicate, self.program.adjust)
+        exprs: tuple[Expr, ...] = (self.program.score, self.program.keep.predicate, self.program.adjust)
         exprs += self.program.weigh.extra if extra else ()
         return [r for r in dict.fromkeys(r for e in exprs for r in reads_of(e)) if r.tensor not in self.program.vectors]
 
@@ -498,7 +501,8 @@ def _load_grad_o(e: Emission, start: str) -> str:
     return (
         f"do_channels = tl.arange(0, {value.block})\n"
         "do_rows = DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m\n"
-        f"do = tl.load(do_rows + do_channels[None, :] * stride_do_d, mask=(q_idx[:, None] < M) & (do_channels[None, :] < {value.size}), other=0.0)"
+        f"inside = (q_idx[:, None] < M) & (do_channels[None, :] < {value.size})\n"
+        "do = tl.load(do_rows + do_channels[None, :] * stride_do_d, mask=inside, other=0.0)"
     )
 
 
@@ -525,7 +529,8 @@ def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dic
         f"grad_rows = Grad_{name} + b.to(tl.int64) * stride_grad_{name}_b + {head} * stride_grad_{name}_h"
         f" + {row}.to(tl.int64)[:, None] * stride_grad_{name}_row\n"
         f"inside = ({row}[:, None] < {size}) & ({name}_channels[None, :] < {vector.size})\n"
-        f"tl.store(grad_rows + {name}_channels[None, :] * stride_grad_{name}_channel, ({value}).to(Grad_{name}.dtype.element_ty), mask=inside)"
+        f"grad_at = grad_rows + {name}_channels[None, :] * stride_grad_{name}_channel\n"
+        f"tl.store(grad_at, ({value}).to(Grad_{name}.dtype.element_ty), mask=inside)"
     )
 
 
@@ -622,5 +627,3 @@ def _header(program: Attention) -> str:
     lines += ["", *to_text(program).rstrip().splitlines()]
     lines += ["", "O[m] = sum_n softmax(score)[m, n] * V[n];  Lse[m] = log of the sum of exp(score), natural."]
     return "\n".join(f"# {line}".rstrip() for line in lines) + "\n"
-
-

@@ -266,7 +266,11 @@ def backward(
     """Gradients of the operands in `wanted`; each tile recomputes its weights from lse."""
     run = _Run(program, operands, sizes)
     found = {name: torch.zeros(operands[name].shape, dtype=run.dtype, device=run.device) for name in wanted}
-    vectors = {read: vector_gradient(read, view, found[read.tensor], row, run.everywhere) for read, view, row in run.vectors() if read.tensor in found}
+    vectors = {
+        read: vector_gradient(read, view, found[read.tensor], row, run.everywhere)
+        for read, view, row in run.vectors()
+        if read.tensor in found
+    }
     elements = [read for read in _element_reads(program) if read.tensor in found]
     slopes = _Slopes(run, vectors, elements)
     for tile in run.tiles():

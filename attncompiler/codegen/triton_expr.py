@@ -85,7 +85,9 @@ def _apply(expr: Apply, names: Names) -> str:
     if expr.op == "tanh":
         names.helpers.add("tanh")
     if expr.op in _CASTS:
-        return f"({args[0]}).to({_CASTS[expr.op]})" if axes_of(expr) or "tl." in args[0] else f"tl.cast({args[0]}, {_CASTS[expr.op]})"
+        return (
+            f"({args[0]}).to({_CASTS[expr.op]})" if axes_of(expr) or "tl." in args[0] else f"tl.cast({args[0]}, {_CASTS[expr.op]})"
+        )
     if expr.op in _ROUNDS:
         return f"({args[0]}).to({_ROUNDS[expr.op]}).to(tl.float32)"
     if expr.op == "pow":
@@ -119,7 +121,7 @@ def _read(read: Read, names: Names) -> str:
         convert = ".to(tl.float32)" if kind is Kind.FLOAT else " != 0" if kind is Kind.BOOL else ""
         guard = f", mask={mask}, other=0" if mask else ""
         load = f"tl.load({pointer}{guard})"
-        names.lines.append(f"{name} = {load}{convert}" if convert != " != 0" else f"{name} = {load}{convert}")
+        names.lines.append(f"{name} = {load}{convert}")
         names.loaded[read] = name
     return names.loaded[read]
 

@@ -148,7 +148,10 @@ def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
     summed = grad.sum(missing) if missing else grad
     order = [axes.index(entry) for entry in read.index if isinstance(entry, Axis)]
     summed = summed.permute(order)
-    spans: list[int | Tensor] = [int(e.value) if isinstance(e, Const) else block.positions[e.name].reshape(-1) for e in read.index]  # type: ignore[union-attr]
+    spans: list[int | Tensor] = []
+    for entry in read.index:
+        assert isinstance(entry, Const | Axis)
+        spans.append(int(entry.value) if isinstance(entry, Const) else block.positions[entry.name].reshape(-1))
     target = into
     for place in reversed(range(len(spans))):
         if isinstance(spans[place], int):

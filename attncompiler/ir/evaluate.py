@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -49,7 +50,8 @@ TORCH: Mapping[str, Callable[..., Value]] = {
     "where": lambda c, a, b: torch.where(c, a, b) if isinstance(c, Tensor) else (a if c else b),
     "minimum": lambda a, b: torch.minimum(*_pair(a, b)), "maximum": lambda a, b: torch.maximum(*_pair(a, b)),
     "abs": abs,
-    "exp": lambda a: torch.exp(_as_tensor(a)), "log": lambda a: torch.log(_as_tensor(a)), "sqrt": lambda a: torch.sqrt(_as_tensor(a)),
+    "exp": lambda a: torch.exp(_as_tensor(a)), "log": lambda a: torch.log(_as_tensor(a)),
+    "sqrt": lambda a: torch.sqrt(_as_tensor(a)),
     "rsqrt": lambda a: torch.rsqrt(_as_tensor(a)), "tanh": lambda a: torch.tanh(_as_tensor(a)),
     "sigmoid": lambda a: torch.sigmoid(_as_tensor(a)), "sin": lambda a: torch.sin(_as_tensor(a)),
     "cos": lambda a: torch.cos(_as_tensor(a)), "floor": lambda a: torch.floor(_as_tensor(a)),
@@ -61,7 +63,8 @@ TORCH: Mapping[str, Callable[..., Value]] = {
 
 
 def _pair(left: Value, right: Value) -> tuple[Tensor, Tensor]:
-    a, b = torch.broadcast_tensors(_as_tensor(left), _as_tensor(right))
+    device = next((x.device for x in (left, right) if isinstance(x, Tensor)), None)
+    a, b = torch.broadcast_tensors(*(x if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in (left, right)))
     common = torch.promote_types(a.dtype, b.dtype)
     return a.to(common), b.to(common)
 
@@ -118,7 +121,7 @@ class Block:
 
     def _evaluate(self, expr: Expr) -> Value:
         if isinstance(expr, Const):
-            return expr.value
+            return self._held(expr.value)
         if isinstance(expr, Axis):
             return self.positions[expr.name]
         if isinstance(expr, Size):
@@ -137,10 +140,19 @@ class Block:
         if expr.op == "to_float" and isinstance(args[0], Tensor):
             return args[0].to(self.dtype)
         if expr.op == "where" and isinstance(args[0], Tensor) and not any(isinstance(a, Tensor) for a in args[1:]):
-            args[1:] = [torch.tensor(a, dtype=self.dtype if isinstance(a, float) else None, device=args[0].device) for a in args[1:]]
+            args[1:] = [
+                torch.tensor(a, dtype=self.dtype if isinstance(a, float) else None, device=args[0].device) for a in args[1:]
+            ]
         if expr.op == "div":
             args = [a.to(self.dtype) if isinstance(a, Tensor) and not a.is_floating_point() else a for a in args]
         return TORCH[expr.op](*args)
+
+    def _held(self, value: Value) -> Value:
+        """A finite literal stays finite in the working precision: float32's lowest number would be -inf in bfloat16."""
+        if not isinstance(value, float) or not math.isfinite(value):
+            return value
+        largest = torch.finfo(self.dtype).max
+        return min(max(value, -largest), largest)
 
     def _element(self, read: Read) -> Tensor:
         value = self._at(read)
@@ -164,8 +176,8 @@ class Block:
                 value = value.to(torch.int64).clamp(0, max(extent - 1, 0)) if not isinstance(entry, Axis) else value
             index.append(value)
         if not any(isinstance(value, Tensor) for value in index):
-            found = tensor[tuple(index)]
-            return found.reshape((1, 1, 1, 1) + found.shape) if found.dim() else found
+            found = tensor[tuple(int(value) for value in index if not isinstance(value, Tensor))]
+            return found.reshape((1, 1, 1, 1, *found.shape)) if found.dim() else found
         device = tensor.device
         return tensor[tuple(v.to(device) if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in index)]
 

@@ -63,7 +63,7 @@ class Size(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Read(Expr):
-    """tensor[index]: one element where the index has as many entries as the tensor has dimensions, else the vector of the last one."""
+    """tensor[index]: one element where there are as many entries as dimensions, else the vector along the last dimension."""
 
     tensor: str
     index: tuple[Expr, ...]
@@ -102,7 +102,7 @@ class Dot(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Expr):
-    """A number in [0, 1) drawn for each (b, h, q_idx, kv_idx) from a counter-based stream; `seed` reads an int64 tensor of 1 element."""
+    """A number in [0, 1) for each (b, h, q_idx, kv_idx) from a counter-based stream; `seed` reads one int64."""
 
     seed: Read
 

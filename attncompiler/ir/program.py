@@ -99,7 +99,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Softmax:
-    """exp(s) / (sum_j exp(s) + sum_e exp(e)) for each row; `extra` are virtual scores over b, h, q_idx (sinks; softmax + 1 is extra 0)."""
+    """exp(s) / (sum_j exp(s) + sum_e exp(e)) for each row; `extra` are scores of no key (sinks; softmax + 1 is extra 0)."""
 
     extra: tuple[Expr, ...] = ()
 

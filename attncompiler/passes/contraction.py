@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -31,6 +32,11 @@ class Contraction:
     @property
     def summed(self) -> str:
         return "".join(c for c in dict.fromkeys(self.left_letters + self.right_letters) if c not in self.out_letters)
+
+
+def argument(node: Node, place: int, name: str = "", default: Any = None) -> Any:
+    """An argument of a call by its place or its name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def rank(node: Node) -> int:

@@ -86,7 +86,7 @@ class Tiles:
     def _pairs(self, read: Read) -> Interval:
         """A tensor with one value for each pair: its smallest and largest in every tile."""
         value = self.block.tensor(read)
-        shape = value.shape[:2] + (self.block.extents["q_idx"], self.block.extents["kv_idx"])
+        shape = (*value.shape[:2], self.block.extents["q_idx"], self.block.extents["kv_idx"])
         lo, hi = _reduce(value.expand(shape), self.block_kv)
         lo, _ = _reduce(lo.transpose(2, 3), self.block_q)
         _, hi = _reduce(hi.transpose(2, 3), self.block_q)
@@ -229,7 +229,9 @@ RULES: Mapping[str, Callable[..., Interval]] = {
     "or": lambda a, b: Interval(a.lo | b.lo, a.hi | b.hi),
     "xor": lambda a, b: Interval((a.lo & ~b.hi) | (~a.hi & b.lo), (a.hi & ~b.lo) | (~a.lo & b.hi)),
     "not": _negate,
-    "to_int": lambda a: a if not a.lo.is_floating_point() and not a.is_bool else _number(a) if a.is_bool else Interval(a.lo.trunc(), a.hi.trunc()),
+    "to_int": lambda a: (
+        a if not a.lo.is_floating_point() and not a.is_bool else _number(a) if a.is_bool else Interval(a.lo.trunc(), a.hi.trunc())
+    ),
     "to_float": lambda a: Interval(_number(a).lo.double(), _number(a).hi.double()),
     "to_bool": lambda a: a if a.is_bool else _negate(_equal(a, Interval(torch.zeros_like(a.lo), torch.zeros_like(a.hi)))),
     **{op: _rising(op) for op in ("exp", "sqrt", "tanh", "sigmoid", "floor", "ceil", "erf", "log")},

@@ -105,7 +105,7 @@ def _lift_where(score: Apply, trained: frozenset[str]) -> Lifted:
 
 def _lift_sum(score: Apply, trained: frozenset[str]) -> Lifted:
     """score + mask, where the mask holds no dot product."""
-    left, right = score.args
+    left, _right = score.args
     place = 0 if _has_dot(left) else 1
     kept, term = score.args[place], score.args[1 - place]
     if _has_dot(term) or (score.op == "sub" and place == 1):

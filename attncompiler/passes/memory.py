@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -46,7 +49,7 @@ def out_of_place(module: GraphModule) -> None:
     module.recompile()
 
 
-_SCATTERS = {
+_SCATTERS: Mapping[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
@@ -118,7 +121,10 @@ def _new_value(graph: Graph, write: Node, changed: Node) -> Node | None:
 
 def _read_after(view: Node, write: Node) -> bool:
     """True where a view taken before the write is read after it."""
-    return any(write < user or (user is not write and is_view(user) and user.op != "output" and _read_after(user, write)) for user in view.users)
+    return any(
+        write < user or (user is not write and is_view(user) and user.op != "output" and _read_after(user, write))
+        for user in view.users
+    )
 
 
 def _promotes(write: Node, before: torch.Tensor) -> bool:

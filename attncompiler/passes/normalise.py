@@ -32,7 +32,11 @@ _NOTHING = Graph()
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Needs: Dynamo's graph and its example inputs. Ensures: a flat graph of ATen operators, whole ones such as softmax and
     matmul included, `meta["val"]` on every node and `meta["stack_trace"]` from the user's code. Keeps: what it computes."""
-    if any("autograd_function_apply" in str(node.target) for part in module.modules() for node in getattr(part, "graph", _NOTHING).nodes):
+    if any(
+        "autograd_function_apply" in str(node.target)
+        for part in module.modules()
+        for node in getattr(part, "graph", _NOTHING).nodes
+    ):
         raise Unrecognised("the graph calls a torch.autograd.Function", why="its own backward would be lost in our trace")
     mode = fake_mode_of(inputs)
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) else x for x in inputs]
@@ -40,7 +44,9 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         graph_module = make_fx(Interpreter(module).run, pre_dispatch=True)(*fakes)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(graph_module, str(node.target), None), FakeTensor):
-            raise Unrecognised("the graph makes a tensor that tracing can't follow", where=source_line(node), why="a scan or a custom op holds it")
+            raise Unrecognised(
+                "the graph makes a tensor that tracing can't follow", where=source_line(node), why="a scan or a custom op holds it"
+            )
     out_of_place(graph_module)
     if any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph_module.graph.nodes):
         # tracing records an operator before autocast casts its operands: run the graph once more for the true dtypes

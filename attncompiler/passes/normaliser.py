@@ -68,9 +68,9 @@ def _peel_factors(expr: Expr, adjust: Expr, nan: bool) -> tuple[Expr, Expr, bool
             return _peel_factors(expr.args[0], adjust, nan)
         if expr.op == "where":
             condition, yes, no = expr.args
-            for weights, other, factor in ((yes, no, (1.0, 0.0)), (no, yes, (0.0, 1.0))):
+            for weights, other, there, elsewhere in ((yes, no, 1.0, 0.0), (no, yes, 0.0, 1.0)):
                 if isinstance(other, Const) and float(other.value) == 0.0 and _has_normaliser(weights):
-                    mask = apply("where", condition, Const(factor[0]), Const(factor[1]))
+                    mask = apply("where", condition, Const(there), Const(elsewhere))
                     return _peel_factors(weights, _times(adjust, mask), nan)
     return expr, adjust, nan
 
@@ -92,7 +92,7 @@ def _softmax_input(reader: Reader, weights: Weights, keys: Extent) -> tuple[Expr
     total = shape_of(node)[dim]
 
     def at(position: Expr) -> Expr:
-        return reader.element(source, index[:dim] + (position,) + index[dim + 1 :])  # type: ignore[arg-type]
+        return reader.element(source, (*index[:dim], position, *index[dim + 1 :]))  # type: ignore[arg-type]
 
     extra = total - keys
     if not isinstance(extra, int) and same(extra, 0):

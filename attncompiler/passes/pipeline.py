@@ -51,7 +51,9 @@ def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
 
 
 _ADVICE = {
-    "the attention weights are read by other code, so they are materialised anyway": "do not return the weights where they are not needed"
+    "the attention weights are read by other code, so they are materialised anyway": (
+        "do not return the weights where they are not needed"
+    )
 }
 
 
@@ -61,13 +63,16 @@ def _missed(refusal: Refusal) -> Missed:
     return Missed(reason, source_line(refusal.output), error.do)
 
 
+def _reads_product(node: Node) -> bool:
+    return any(contraction_of(n) is not None for n in _elementwise_cone(node))
+
+
 def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:
     """Softmaxes of products of activations whose weights meet no product with values that was looked at."""
     found = []
     for node in module.graph.nodes:
-        if node.op == "call_function" and base_name(node.target) in NORMALISERS and node not in covered:
-            if any(contraction_of(n) is not None for n in _elementwise_cone(node)):
-                found.append(Missed("the softmax of a product is not summed over values", source_line(node)))
+        if node.op == "call_function" and base_name(node.target) in NORMALISERS and node not in covered and _reads_product(node):
+            found.append(Missed("the softmax of a product is not summed over values", source_line(node)))
     return found
 
 
@@ -82,5 +87,3 @@ def _elementwise_cone(node: Node) -> set[Node]:
         if contraction_of(current) is None and base_name(current.target) not in NORMALISERS:
             stack.extend(current.all_input_nodes)
     return seen
-
-

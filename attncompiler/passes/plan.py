@@ -104,9 +104,11 @@ def _ranges(wanted: Tensor) -> TileRanges:
     def places(marks: Tensor, offset: int) -> Tensor:
         slot = torch.where(marks, marks.cumsum(1) - 1, room)
         tile = torch.arange(tiles, device=rows.device, dtype=torch.int32) + offset
-        return torch.zeros(rows.shape[0], room + 1, dtype=torch.int32, device=rows.device).scatter_(
-            1, slot, tile.expand_as(slot)
-        )[:, :room].contiguous()
+        return (
+            torch.zeros(rows.shape[0], room + 1, dtype=torch.int32, device=rows.device)
+            .scatter_(1, slot, tile.expand_as(slot))[:, :room]
+            .contiguous()
+        )
 
     return TileRanges(count, places(starts, 0), places(stops, 1))
 
@@ -238,5 +240,3 @@ def score_where_kept(program: Attention) -> Expr:
         facts[part] = TRUE
         facts[apply("not", part)] = FALSE
     return substitute(program.score, facts) if facts else program.score
-
-

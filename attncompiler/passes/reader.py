@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attncompiler.errors import Unrecognised
 from attncompiler.ir.expr import (
+    ONE,
     ZERO,
     Apply,
     Axis,
@@ -35,7 +36,7 @@ from attncompiler.ir.expr import (
     surely_int,
     walk,
 )
-from attncompiler.passes.contraction import Contraction, contraction_of
+from attncompiler.passes.contraction import Contraction, argument, contraction_of
 from attncompiler.passes.elementwise import BOOLEAN_ONLY, ELEMENTWISE, base_name
 from attncompiler.passes.memory import memory_root, written_roots
 from attncompiler.passes.sizes import Extent, IndexSpace, same, size_expr
@@ -98,7 +99,7 @@ def is_tensor(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Operand:
-    """How one operand of a program is made in the graph: a node, its channel moved to the end and cast if need be, or a new seed."""
+    """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be, or a new seed."""
 
     node: Node
     channel_place: int | None = None
@@ -139,7 +140,9 @@ class Reader:
         nodes = list(walk(expr))
         if any(isinstance(n, Dot | Weights | RowReduce | Uniform | NanToZero) for n in nodes) or isinstance(expr, Read | Const):
             return False
-        if not any(isinstance(n, Read) for n in nodes) or isinstance(expr, Apply) and expr.op == "not" and isinstance(expr.args[0], Read):
+        if not any(isinstance(n, Read) for n in nodes) or (
+            isinstance(expr, Apply) and expr.op == "not" and isinstance(expr.args[0], Read)
+        ):
             return False
         varies = axes_of(expr)
         return not {"q_idx", "kv_idx"} <= varies or len(nodes) > INLINE_LIMIT
@@ -207,7 +210,11 @@ class Reader:
             boolean = is_tensor(value) and dtype_of(value) is torch.bool
             return apply("to_int", expr) if boolean and arithmetic and not name.startswith("logical") else expr
 
-        named = {key: value if key in ("alpha", "rounding_mode") else convert(value) for key, value in node.kwargs.items() if key != "out"}
+        named = {
+            key: value if key in ("alpha", "rounding_mode") else convert(value)
+            for key, value in node.kwargs.items()
+            if key != "out"
+        }
         args = [convert(arg) for arg in node.args]
         result = ELEMENTWISE[name](*args, **named)
         return self._rounded(node, result)
@@ -333,7 +340,7 @@ class Reader:
             return None
         dim = _dim(source, 1 if name == "unbind" else 2, tensor)
         if name == "unbind":
-            return self.element(tensor, index[:dim] + (Const(which),) + index[dim:])
+            return self.element(tensor, (*index[:dim], Const(which), *index[dim:]))
         if name in ("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk"):
             start: Extent = 0
             for piece in source.meta["val"][:which]:
@@ -345,13 +352,13 @@ class Reader:
         """A reduction over one dimension, left symbolic; recognise decides whether it belongs to a normaliser."""
         source = node.args[0]
         assert isinstance(source, Node)
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        dims = argument(node, 1, "dim")
         dims = list(dims) if isinstance(dims, Sequence) else [dims]
         if len(dims) != 1 or not isinstance(dims[0], int):
             return None
         dim = dims[0] % source.meta["val"].dim()
-        keeps = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-        inner = index[:dim] + (KV,) + index[dim + (1 if keeps else 0) :]
+        keeps = bool(argument(node, 2, "keepdim", False))
+        inner = (*index[:dim], KV, *index[dim + (1 if keeps else 0) :])
         body = self.element(source, inner)
         if not any(isinstance(n, Dot | Weights) for n in walk(body)):
             return None  # a sum of something that is no score
@@ -371,7 +378,9 @@ def _rounds(expr: Expr) -> bool:
     nodes = list(walk(expr))
     if not any(isinstance(n, Read | Dot | Weights | RowReduce) for n in nodes):
         return False
-    return any(isinstance(n, Apply) and not surely_int(n) and n.op in _ROUNDING for n in nodes) or any(isinstance(n, Dot) for n in nodes)
+    return any(isinstance(n, Apply) and not surely_int(n) and n.op in _ROUNDING for n in nodes) or any(
+        isinstance(n, Dot) for n in nodes
+    )
 
 
 _ROUNDING = frozenset({"add", "sub", "mul", "div", "pow", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf"})
@@ -380,13 +389,13 @@ Move = Callable[[Reader, Node, Index], Index]
 
 
 def _dim(node: Node, place: int, tensor: Node) -> int:
-    dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    dim = argument(node, place, "dim", 0)
     assert isinstance(dim, int)
     return dim % int(tensor.meta["val"].dim())
 
 
-def _shifted(index: Index, dim: int, start: Expr, step: Expr = Const(1)) -> Index:
-    return index[:dim] + (add(mul(index[dim], step), start),) + index[dim + 1 :]
+def _shifted(index: Index, dim: int, start: Expr, step: Expr = ONE) -> Index:
+    return (*index[:dim], add(mul(index[dim], step), start), *index[dim + 1 :])
 
 
 # --------------------------------------------------------------------------------------- views: only the index changes
@@ -432,11 +441,11 @@ def _move_repeat_interleave(reader: Reader, node: Node, index: Index) -> Index:
     source = _source(node)
     if node.target is not aten.repeat_interleave.self_int or not isinstance(node.args[1], int):
         raise Unrecognised("repeat_interleave with a tensor of repeats")
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    dim = argument(node, 2, "dim")
     if not isinstance(dim, int):
         raise Unrecognised("repeat_interleave of a flattened tensor")
     dim %= len(shape_of(source))
-    return index[:dim] + (floordiv(index[dim], Const(node.args[1])),) + index[dim + 1 :]
+    return (*index[:dim], floordiv(index[dim], Const(node.args[1])), *index[dim + 1 :])
 
 
 MOVES: Mapping[str, Move] = {
@@ -460,8 +469,8 @@ def _same_element(reader: Reader, node: Node, index: Index) -> Expr | None:
 def _slice(reader: Reader, node: Node, index: Index) -> Expr | None:
     source = _source(node)
     dim = _dim(node, 1, source)
-    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
-    step = node.args[4] if len(node.args) > 4 else 1
+    start = argument(node, 2) or 0
+    step = argument(node, 4, default=1)
     begin = start.meta["val"] if isinstance(start, Node) else start
     if isinstance(begin, int) and begin < 0:
         begin = shape_of(source)[dim] + begin
@@ -479,7 +488,7 @@ def _known_in_range(begin: torch.SymInt, size: Extent) -> bool:
 
 
 def _runs_to_end(node: Node, source: Node, dim: int) -> bool:
-    end = node.args[3] if len(node.args) > 3 else None
+    end = argument(node, 3)
     value = end.meta["val"] if isinstance(end, Node) else end
     if value is None or (isinstance(value, int) and value >= 2**31):
         return True
@@ -490,14 +499,14 @@ def _slice_scatter(reader: Reader, node: Node, index: Index) -> Expr | None:
     """base with [start, end) along one dimension taken from another tensor."""
     base, source = node.args[:2]
     assert isinstance(base, Node) and isinstance(source, Node)
-    dim = (node.args[2] if len(node.args) > 2 else 0) % len(index)  # type: ignore[operator]
-    start = node.args[3] if len(node.args) > 3 and node.args[3] is not None else 0
-    step = node.args[5] if len(node.args) > 5 else 1
+    dim = argument(node, 2, default=0) % len(index)
+    start = argument(node, 3) or 0
+    step = argument(node, 5, default=1)
     length = shape_of(source)[dim]
     if not isinstance(start, int) or start < 0 or step != 1:
         return None
     local = sub(index[dim], Const(start))
-    inner = reader.element(source, index[:dim] + (local,) + index[dim + 1 :])
+    inner = reader.element(source, (*index[:dim], local, *index[dim + 1 :]))
     if same(length, shape_of(base)[dim]) or reader.space.below(local, length):
         return inner
     inside = apply("lt", local, size_expr(length))
@@ -509,11 +518,11 @@ def _slice_scatter(reader: Reader, node: Node, index: Index) -> Expr | None:
 def _select(reader: Reader, node: Node, index: Index) -> Expr | None:
     source = _source(node)
     dim = _dim(node, 1, source)
-    which = node.args[2]
+    which = argument(node, 2)
     value = which.meta["val"] if isinstance(which, Node) else which
     if isinstance(value, int) and value < 0:
         value = shape_of(source)[dim] + value
-    return reader.element(source, index[:dim] + (size_expr(value),) + index[dim:])
+    return reader.element(source, (*index[:dim], size_expr(value), *index[dim:]))
 
 
 def _repeat(reader: Reader, node: Node, index: Index) -> Expr | None:
@@ -530,7 +539,10 @@ def _repeat(reader: Reader, node: Node, index: Index) -> Expr | None:
 def _flip(reader: Reader, node: Node, index: Index) -> Expr | None:
     source = _source(node)
     dims = [d % len(index) for d in node.args[1]]  # type: ignore[union-attr, operator]
-    flipped = [sub(sub(size_expr(s), Const(1)), i) if d in dims else i for d, (i, s) in enumerate(zip(index, shape_of(source), strict=True))]
+    flipped = [
+        sub(sub(size_expr(s), Const(1)), i) if d in dims else i
+        for d, (i, s) in enumerate(zip(index, shape_of(source), strict=True))
+    ]
     return reader.element(source, tuple(flipped))
 
 
@@ -550,9 +562,11 @@ def _cat(reader: Reader, node: Node, index: Index) -> Expr | None:
         if isinstance(local, Const) and int(local.value) < 0:
             break
         if reader.space.below(local, size):
-            return reader.element(part, index[:dim] + (local,) + index[dim + 1 :]) if not pieces else None
+            return reader.element(part, (*index[:dim], local, *index[dim + 1 :])) if not pieces else None
         if not _surely_past(local, size):
-            pieces.append((apply("lt", at, size_expr(start + size)), reader.element(part, index[:dim] + (local,) + index[dim + 1 :])))
+            pieces.append(
+                (apply("lt", at, size_expr(start + size)), reader.element(part, (*index[:dim], local, *index[dim + 1 :])))
+            )
         start = start + size
     if not pieces or any(isinstance(n, Weights | RowReduce | Dot) for _, e in pieces for n in walk(e)):
         return None
@@ -571,7 +585,7 @@ def _surely_past(local: Expr, size: Extent) -> bool:
 def _stack(reader: Reader, node: Node, index: Index) -> Expr | None:
     parts = node.args[0]
     assert isinstance(parts, Sequence)
-    dim = (node.args[1] if len(node.args) > 1 else 0) % len(index)  # type: ignore[operator]
+    dim = argument(node, 1, default=0) % len(index)
     at = index[dim]
     if not isinstance(at, Const):
         return None
@@ -586,7 +600,7 @@ def _pad(reader: Reader, node: Node, index: Index) -> Expr | None:
     fill_place = 2 if base_name(node.target) == "constant_pad_nd" else 3
     if fill_place == 3 and len(node.args) > 2 and node.args[2] != "constant":
         return None
-    fill = node.args[fill_place] if len(node.args) > fill_place else 0
+    fill = argument(node, fill_place, default=0)
     if not isinstance(fill, int | float) or not all(isinstance(w, int) for w in widths):
         return None
     inner, inside = list(index), None
@@ -676,7 +690,7 @@ def _arange(reader: Reader, node: Node, index: Index) -> Expr | None:
 
 def _triangle(reader: Reader, node: Node, index: Index) -> Expr | None:
     inner = reader.element(_source(node), index)
-    diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+    diagonal = argument(node, 1, "diagonal", 0)
     value = diagonal.meta["val"] if isinstance(diagonal, Node) else diagonal
     offset = sub(index[-1], index[-2])
     inside = apply("le" if base_name(node.target) == "tril" else "ge", offset, size_expr(value))
@@ -729,11 +743,13 @@ HANDLERS: Mapping[str, Handler] = {
     **{name: _through(move) for name, move in MOVES.items()},
     **dict.fromkeys(SAME_ELEMENT, _same_element),
     **dict.fromkeys(CASTS, _cast),
-    "slice": _slice, "narrow": _not_understood, "select": _select, "slice_scatter": _slice_scatter, "repeat": _repeat, "flip": _flip, "cat": _cat, "concat": _cat,
+    "slice": _slice, "narrow": _not_understood, "select": _select, "slice_scatter": _slice_scatter,
+    "repeat": _repeat, "flip": _flip, "cat": _cat, "concat": _cat,
     "stack": _stack, "constant_pad_nd": _pad, "pad": _pad, "index": _advanced_index,
-    "ones": _filled(lambda n: 1), "zeros": _filled(lambda n: 0), "ones_like": _filled(lambda n: 1), "zeros_like": _filled(lambda n: 0),
-    "new_ones": _filled(lambda n: 1), "new_zeros": _filled(lambda n: 0), "full": _filled(lambda n: n.args[1]),
-    "full_like": _filled(lambda n: n.args[1]), "new_full": _filled(lambda n: n.args[2]), "scalar_tensor": _filled(lambda n: n.args[0]),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(lambda n: 1)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(lambda n: 0)),
+    **dict.fromkeys(("full", "full_like"), _filled(lambda n: n.args[1])),
+    "new_full": _filled(lambda n: n.args[2]), "scalar_tensor": _filled(lambda n: n.args[0]),
     "arange": _arange, "tril": _triangle, "triu": _triangle, "eye": _eye,
     "softmax": _softmax(False), "_softmax": _softmax(False), "_safe_softmax": _softmax(False),
     "log_softmax": _softmax(True), "_log_softmax": _softmax(True),

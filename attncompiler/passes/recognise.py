@@ -77,7 +77,8 @@ _CALLS = {aten.scaled_dot_product_attention.default: sdpa, torch.ops.higher_orde
 # Operators that a search for a normaliser does not cross: behind them stands another layer's attention.
 _BARRIERS = frozenset({
     "linear", "addmm", "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "convolution", "conv1d", "conv2d", "conv3d",
-    "batch_norm", "embedding", "scaled_dot_product_attention", "topk", "sort", "gather", "index", "argmax", "cumsum", "gelu", "silu",
+    "batch_norm", "embedding", "scaled_dot_product_attention", "topk", "sort", "gather", "index", "argmax", "cumsum", "gelu",
+    "silu",
 })  # fmt: skip
 NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"})
 
@@ -198,7 +199,9 @@ def _oriented(
         split=tuple(extent[c] for c in letters),
         permutation=tuple(letters.index(c) for c in out),
         softmax_nodes=frozenset(normalisers_behind(weights_node)),
-        lse=None if parts.extra else _logsumexp_beside(node, weights_node, [at[c] for c in roles.batch + roles.query], weights_index),
+        lse=None
+        if parts.extra
+        else _logsumexp_beside(node, weights_node, [at[c] for c in roles.batch + roles.query], weights_index),
     )
 
 

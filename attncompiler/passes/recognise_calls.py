@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -63,7 +64,7 @@ def sdpa(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
     head_size = shape_of(query)[-1]
     if scale is None and not isinstance(head_size, int):
         raise Unrecognised("the head size is not known when compiling", do="mark it static")
-    factor = float(scale) if scale is not None else head_size**-0.5  # type: ignore[arg-type, operator]
+    factor = float(scale) if scale is not None else head_size**-0.5  # type: ignore[arg-type]
     score = mul(dot, Const(factor * scales[0] * scales[1]))
     read = side(value, kv_at, "value", KV)
     keep: Expr = TRUE
@@ -71,7 +72,7 @@ def sdpa(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
         keep = apply("le", KV, Q_IDX)
     mask = given.get("attn_mask")
     if isinstance(mask, Node):
-        element = reader.element(mask, reader.broadcast(mask, out_shape[:-1] + (shape_of(key)[-2],), (*at.values(), Q_IDX, KV)))
+        element = reader.element(mask, reader.broadcast(mask, (*out_shape[:-1], shape_of(key)[-2]), (*at.values(), Q_IDX, KV)))
         if dtype_of(mask) is torch.bool:
             keep = conj(keep, element)
         else:
@@ -140,7 +141,8 @@ _NO_BLOCKS = 1 << 30  # flex_attention's block size when no block mask is given
 
 def flex(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
     """flex_attention with its mods as programs; the block mask's tables are not used: its mask_mod says the same, exactly."""
-    query, key, value, score_mod, block_mask, scale, _, score_captured, mask_captured = node.args[:9]
+    arguments: Sequence[Any] = node.args
+    query, key, value, score_mod, block_mask, scale, _, score_captured, mask_captured = arguments[:9]
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     assert isinstance(block_mask, Sequence) and isinstance(score_captured, Sequence) and isinstance(mask_captured, Sequence)
     pieces = {user.args[1]: user for user in node.users if user.target is operator.getitem and user.users}
@@ -148,7 +150,7 @@ def flex(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
         raise Unrecognised("the row maxima of flex_attention are read", do="return the logsumexp instead")
     space = IndexSpace()
     reader = Reader(module, space, trained)
-    b, h, m, d = shape_of(query)
+    b, h, m, _d = shape_of(query)
     n = shape_of(key)[2]
     at: dict[str, Expr] = {"b": space.axis("batch0", b), "h": space.axis("batch1", h)}
     space.extents[Q_IDX], space.extents[KV] = m, n

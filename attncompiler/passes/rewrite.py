@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -70,7 +71,7 @@ def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[N
 
 
 def _has_effect(node: Node) -> bool:
-    return writes(node) or not isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
+    return writes(node) or (not isinstance(node.target, torch._ops.OpOverload) and node.is_impure())
 
 
 def _drop_dead_code(graph: Graph) -> None:
@@ -147,7 +148,7 @@ def _symbolic(graph: Graph, before: Node, text: str) -> Node:
             break
         value = node.meta.get("val")
         if matches(value):
-            return node
+            return cast(Node, node)
         if isinstance(value, torch.Tensor) and node.op != "output":
             for dim, size in enumerate(value.shape):
                 if matches(size):

@@ -43,7 +43,7 @@ DTYPES: Mapping[torch.dtype, Dtype] = {
 class Site:
     """One attention of the graph: `output` is replaced by the program's O, viewed as `out_shape` after `permutation`.
 
-    O [b, h, q_idx, Dv] is first viewed as the sizes of `split` (one entry for each letter of the product's output), then permuted."""
+    O [b, h, q_idx, Dv] is first viewed as the sizes of `split` (one for each letter of the output), then permuted."""
 
     output: Node
     program: Attention
@@ -87,7 +87,7 @@ def _rewrite(program: Attention, change: Mapping[Expr, Expr]) -> Attention:
 
 
 def name_batch_axes(program: Attention, batch: list[tuple[Expr, Extent]]) -> Attention:
-    """The batch axes of the product become b and h: the last one is h, all others b; a lone one is split where every use splits it."""
+    """The batch axes of the product become b and h: the last one is h, all others b; a lone one is split as its uses are."""
     live = [(axis, extent) for axis, extent in batch if isinstance(axis, Axis)]
     if len(live) == 1:
         axis, extent = live[0]
@@ -147,7 +147,7 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
     operands, decls = [], []
     for old, new in names.items():
         operand = reader.leaves[old]
-        shape = list(shape_of(operand.node)) if not operand.is_seed else [1]
+        shape: list[int | torch.SymInt] = list(shape_of(operand.node)) if not operand.is_seed else [1]
         if operand.channel_place is not None:
             shape.append(shape.pop(operand.channel_place))
         dtype = torch.int64 if operand.is_seed else operand.dtype or dtype_of(operand.node)
@@ -245,5 +245,3 @@ def _extents(graph: Graph) -> Iterator[Extent]:
             yield value
         elif isinstance(value, torch.Tensor):
             yield from value.shape
-
-

@@ -34,7 +34,7 @@ def _from_sympy(expr: Any) -> Expr:
     if isinstance(expr, sympy.Symbol):
         return Size(str(expr))
     if isinstance(expr, sympy.Add):
-        total = ZERO
+        total: Expr = ZERO
         for arg in expr.args:
             total = add(total, _from_sympy(arg))
         return total
@@ -116,7 +116,7 @@ class IndexSpace:
                 digits.append((floordiv(digit, divisor), extent // wanted))
                 taken.append((mod(digit, divisor), wanted))
                 scale = size
-            elif statically_known_true(wanted % extent == 0):
+            elif statically_known_true(wanted % extent == 0):  # type: ignore[operator]
                 taken.append((digit, extent))
                 scale = scale * extent
             else:

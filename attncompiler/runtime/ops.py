@@ -1,4 +1,4 @@
-"""The registered op: one attention program with its operands, with fake and autograd rules. Everything that runs, runs through it."""
+"""The registered op: one attention program with its operands, with fake and autograd rules. Everything runs through it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,11 @@ def _backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None, _: Tenso
     gradients: list[Tensor | None] = [None] * len(operands)
     for place, gradient in zip(wanted, found, strict=True):
         gradients[place] = gradient
-    return gradients, [] if not ctx.sizes else None, None  # torch's autograd rule takes an empty list for a tree, any other for a leaf
+    return (
+        gradients,
+        [] if not ctx.sizes else None,
+        None,
+    )  # torch's autograd rule takes an empty list for a tree, any other for a leaf
 
 
 torch.library.register_autograd("attncompiler::attention", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -105,7 +105,8 @@ def _pointer(name: str) -> str:
 
 def _ranges(name: str, ranges: TileRanges) -> dict[str, Any]:
     return {
-        f"{name}Count": ranges.count, f"{name}Begin": ranges.begin, f"{name}End": ranges.end, f"{name}_ranges": ranges.begin.shape[1]
+        f"{name}Count": ranges.count, f"{name}Begin": ranges.begin, f"{name}End": ranges.end, 
+        f"{name}_ranges": ranges.begin.shape[1],
     }  # fmt: skip
 
 
@@ -122,19 +123,26 @@ def _describable(tensor: Tensor) -> bool:
     return (
         tensor.stride(3) == 1
         and tensor.data_ptr() % 16 == 0
-        and all(size == 1 or (stride > 0 and stride * step % 16 == 0) for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+        and all(
+            size == 1 or (stride > 0 and stride * step % 16 == 0)
+            for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        )
         and min(tensor.shape) > 0
     )
 
 
 def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     step = 16 // tensor.element_size()
-    strides = [stride if size > 1 else max(stride, step) // step * step for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    strides = [
+        stride if size > 1 else max(stride, step) // step * step for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
     strides[3] = 1
     return TensorDescriptor(tensor, list(tensor.shape), strides, list(block))
 
 
-def _with_descriptors(arguments: Mapping[str, Any], emission: Emission, schedule: KernelSchedule, names: list[str]) -> dict[str, Any]:
+def _with_descriptors(
+    arguments: Mapping[str, Any], emission: Emission, schedule: KernelSchedule, names: list[str]
+) -> dict[str, Any]:
     found = dict(arguments)
     for name in names:
         block = emission.descriptor_block(name, schedule)
@@ -149,7 +157,9 @@ def _launch(
     if emission is not None and emission.schedule.descriptors:
         arguments = _with_descriptors(arguments, emission, schedule, kernel.arg_names)
     values = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    values |= {name: value for name, value in (("BLOCK_M", schedule.block_m), ("BLOCK_N", schedule.block_n)) if name in kernel.arg_names}
+    values |= {
+        name: value for name, value in (("BLOCK_M", schedule.block_m), ("BLOCK_N", schedule.block_n)) if name in kernel.arg_names
+    }
     kernel[grid](**values, num_warps=schedule.num_warps, num_stages=schedule.num_stages)
 
 
@@ -231,7 +241,9 @@ def backward(
         if "keys" in kernels and n:
             plan, tiles = _plan_arguments(bound, schedule.backward_keys, True)
             group = max(bound.groups)
-            _launch(module.attention_backward_keys, (tiles, b * (h // group)), {**arguments, **plan}, schedule.backward_keys, emission)
+            _launch(
+                module.attention_backward_keys, (tiles, b * (h // group)), {**arguments, **plan}, schedule.backward_keys, emission
+            )
     return sums.finish(lse, rcp, delta)
 
 
@@ -252,7 +264,9 @@ class _Sums:
                 continue
             place = self._vector(read, view, group, b, h)
             self.arguments[f"Grad_{read.tensor}"] = place
-            self.arguments |= {f"stride_grad_{read.tensor}_{a}": place.stride(i) for i, a in enumerate(("b", "h", "row", "channel"))}
+            self.arguments |= {
+                f"stride_grad_{read.tensor}_{a}": place.stride(i) for i, a in enumerate(("b", "h", "row", "channel"))
+            }
         counts: dict[str, int] = {}
         for read in element_gradients(program, wanted):
             counts[read.tensor] = counts.get(read.tensor, 0) + 1
@@ -308,5 +322,3 @@ class _Sums:
                 slope = derivative(extra, read)
                 factor = float(slope.value) if isinstance(slope, Const) else block.tensor(slope)
                 add_elements(read, -weight * delta.unsqueeze(3) * factor, totals[read.tensor], block)
-
-

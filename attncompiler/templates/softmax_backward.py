@@ -1,11 +1,11 @@
 """The backward kernels of the softmax family. Weights are recomputed from lse; nothing is summed by atomics.
 
-dS = P * (dP - delta), delta = rowsum(O * dO) - dlse. One kernel walks the keys of each query tile and makes the gradients of the query
-side; the other walks the queries of each key tile, with keys on rows so that no register tile is transposed before a product (Triton
-3.4 to 3.7.0 miscompiles that on Hopper), and makes those of the key side.
+dS = P * (dP - delta), delta = rowsum(O * dO) - dlse. One kernel walks the keys of each query tile and makes the gradients of
+the query side; the other walks the queries of each key tile and makes those of the key side. That one has keys on rows, so that no
+register tile is transposed before a product (Triton 3.4 to 3.7.0 miscompiles that on Hopper).
 """
 
-DELTA = '''
+DELTA = """
 @triton.jit
 def attention_delta({parameters}):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -21,9 +21,9 @@ def attention_delta({parameters}):
     at = (b.to(tl.int64) * H + h) * M + rows
     {subtract_grad_lse}
     tl.store(Delta + at, delta, mask=rows < M)
-'''
+"""
 
-QUERIES = '''
+QUERIES = """
 @triton.jit
 def attention_backward_queries({parameters}):
     q_tile = tl.load(Order + tl.program_id(0))
@@ -41,9 +41,9 @@ def attention_backward_queries({parameters}):
     {accumulators}
     {loops}
     {store}
-'''
+"""
 
-QUERIES_TILE = '''
+QUERIES_TILE = """
 kv_idx = kv_start + tl.arange(0, BLOCK_N)
 {load_keys}
 {score_lines}
@@ -53,9 +53,9 @@ p = tl.exp2(scores{scale} - lse[:, None]){rcp}
 {load_values}
 dp = tl.dot(do, tl.trans(v){precision})
 {gradients}
-'''
+"""
 
-KEYS = '''
+KEYS = """
 @triton.jit
 def attention_backward_keys({parameters}):
     kv_tile = tl.load(Order + tl.program_id(0))
@@ -73,9 +73,9 @@ def attention_backward_keys({parameters}):
         {loops}
         {store_per_head}
     {store}
-'''
+"""
 
-KEYS_TILE = '''
+KEYS_TILE = """
 q_idx = q_start + tl.arange(0, BLOCK_M)
 {load_queries}
 rows = (b.to(tl.int64) * H + h) * M + q_idx
@@ -89,13 +89,13 @@ scores = {score}  # keys on rows
 p = tl.exp2(scores{scale} - lse[None, :]){rcp}
 {load_grad_o}
 {gradients}
-'''
+"""
 
-LOOP_OVER_RANGES = '''
+LOOP_OVER_RANGES = """
 plan_row = {plan_row}
 for r in range(tl.load({name}Count + plan_row)):
     first = tl.load({name}Begin + plan_row * {name}_ranges + r) * BLOCK_M
     last = tl.load({name}End + plan_row * {name}_ranges + r) * BLOCK_M
     for q_start in range(first, last, BLOCK_M):
         {tile}
-'''
+"""

@@ -1,6 +1,6 @@
 """The forward kernel of the softmax family: online softmax in base 2 over the key tiles of the plan."""
 
-KERNEL = '''
+KERNEL = """
 @triton.jit
 def attention_forward({parameters}):
     q_tile = tl.load(Order + tl.program_id(0))
@@ -20,10 +20,10 @@ def attention_forward({parameters}):
     {store_rcp}
     o_rows = O + b.to(tl.int64) * stride_o_b + h.to(tl.int64) * stride_o_h + q_idx.to(tl.int64)[:, None] * stride_o_m
     tl.store(o_rows + channels[None, :], out.to(O.dtype.element_ty), mask=(q_idx[:, None] < M) & (channels[None, :] < DV))
-'''
+"""
 
 # One key tile: scores, then the online softmax, then the values.
-TILE = '''
+TILE = """
 kv_idx = kv_start + tl.arange(0, BLOCK_N)
 {load_keys}
 {score_lines}
@@ -38,13 +38,13 @@ l_i = l_i * alpha + tl.sum(p, 1)
 {load_values}
 acc = tl.dot({weights}.to(v.dtype), v, acc * alpha[:, None]{precision})
 m_i = m_new
-'''
+"""
 
-LOOP_OVER_RANGES = '''
+LOOP_OVER_RANGES = """
 plan_row = {plan_row}
 for r in range(tl.load({name}Count + plan_row)):
     first = tl.load({name}Begin + plan_row * {name}_ranges + r) * BLOCK_N
     last = tl.load({name}End + plan_row * {name}_ranges + r) * BLOCK_N
     for kv_start in range(first, last, BLOCK_N):
         {tile}
-'''
+"""

@@ -77,7 +77,11 @@ def _compare(name: str, exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch
     both = finite & torch.isfinite(exact)
     exact, eager, ours = (t.double().masked_fill(~both, 0.0) for t in (exact, eager, ours))
     scale = exact.abs().max().item() if exact.numel() else 0.0
-    allowed = 2 * (eager - exact).abs().max().item() + (16 if dtype == torch.bfloat16 else 64) * torch.finfo(dtype).eps * max(scale, 1.0) if exact.numel() else 0.0
+    allowed = (
+        2 * (eager - exact).abs().max().item() + (16 if dtype == torch.bfloat16 else 64) * torch.finfo(dtype).eps * max(scale, 1.0)
+        if exact.numel()
+        else 0.0
+    )
     error = (ours - exact).abs().max().item() if exact.numel() else 0.0
     return "" if error <= allowed else f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 

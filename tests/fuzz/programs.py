@@ -41,7 +41,8 @@ class Program:
             "fill": r.choice(["-inf", "finite", "add_inf", "add_finite", "where_finite", "-1e9"]),
             "softmax": r.choice(["softmax", "f32", "manual", "manual_nomax", "log", "sink", "plus_one", "lse"]),
             "tail": r.choice(["none", "none", "keep_rows", "gate", "zero_masked"]),
-            "decoy": r.choice([""] * 6 + ["square", "wrong_axis", "relu", "row_scale", "renormalise", "scores_mask", "reuse_weights"]),
+            "decoy": r.choice([""] * 6
+                              + ["square", "wrong_axis", "relu", "row_scale", "renormalise", "scores_mask", "reuse_weights"]),
             "out": r.choice(["plain", "transpose", "residual"]),
         }  # fmt: skip
 
@@ -198,7 +199,7 @@ class Program:
         if kind == "renormalise":
             return weights / weights.sum(dim=1, keepdim=True).clamp(min=0.1)
         if kind == "scores_mask":
-            return scores.masked_fill(scores < 0, float(-30.0)).softmax(-1)
+            return scores.masked_fill(scores < 0, (-30.0)).softmax(-1)
         return weights
 
 

@@ -106,9 +106,7 @@ MASKS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "q_idx >= kv_idx else score",
     ),
     "window": (
-        lambda s: s.masked_fill(
-            (torch.arange(N)[:, None] - torch.arange(N)).abs() > 3, torch.finfo(torch.float32).min
-        ),
+        lambda s: s.masked_fill((torch.arange(N)[:, None] - torch.arange(N)).abs() > 3, torch.finfo(torch.float32).min),
         "else score",
     ),
     "added": (
