@@ -20,6 +20,7 @@ from attncompiler.passes.site import Site
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.triton_launch import static_groups
 from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import TARGETS, Target
 
 TILE_Q, TILE_KV = 128, 64  # tiles that densities and pictures are counted in
 
@@ -74,10 +75,10 @@ def _region(site: Site) -> Region:
     )
 
 
-def kernel_source(program: Attention, descriptors: bool = False) -> str:
-    """The generated file of a program, forward and backward. Raises: UnsupportedProgram."""
+def kernel_source(program: Attention, target: Target = TARGETS["sm_90"]) -> str:
+    """The generated file of a program for a target, forward and backward. Raises: UnsupportedProgram."""
     layout = Layout(static_groups(program), frozenset(program.differentiable))
-    return emit(program, choose_schedule(program, descriptors), layout)
+    return emit(program, choose_schedule(program, target, target.descriptors), layout)
 
 
 def plan_of(program: Attention, sizes: Mapping[str, int]) -> tuple[TilePlan, tuple[str, ...]]:

@@ -14,12 +14,13 @@ from functools import partial
 import torch
 from tabulate import tabulate
 
-from attncompiler.codegen.cross_compile import TARGETS, cross_compile
+from attncompiler.codegen.cross_compile import cross_compile
 from attncompiler.codegen.emit import Layout
 from attncompiler.config import cache_dir
 from attncompiler.ir.text import parse
 from attncompiler.runtime.triton_launch import static_groups
 from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def _findings() -> list[Finding]:
         _cache(),
         _try("recognition and training, portable lowering", _portable, True),
     ]
-    for target in TARGETS:
-        print(f"compiling for {target} ...", file=sys.stderr)
-        found.append(_try(f"cross-compilation to {target}", partial(_cross, target)))
+    for target in TARGETS.values():
+        print(f"compiling for {target.name} ...", file=sys.stderr)
+        found.append(_try(f"cross-compilation to {target.name}", partial(_cross, target)))
     return [*found, _recompiles()]
 
 
@@ -115,10 +116,10 @@ def _portable() -> str:
     return f"differs from eager by {error:.0e}"
 
 
-def _cross(target: str) -> str:
+def _cross(target: Target) -> str:
     program = parse(_PROGRAM)
     layout = Layout(static_groups(program), frozenset(program.differentiable))
-    kernels = cross_compile(program, choose_schedule(program, target in ("sm_90", "sm_100")), layout, target)
+    kernels = cross_compile(program, choose_schedule(program, target, target.descriptors), layout, target)
     if not all(kernel.fits for kernel in kernels):
         raise RuntimeError("a kernel needs more shared memory than a block has")
     return f"{len(kernels)} kernels, at most {max(k.registers for k in kernels)} registers"

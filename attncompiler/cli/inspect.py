@@ -22,6 +22,7 @@ from attncompiler.passes.plan import TilePlan
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.triton_launch import static_groups
 from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import target_named
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     for site in sites:
         reason = unsupported(site.program)
         plan, _ = plan_of(site.program, hinted_sizes(site))
-        regions.append(Inspected(site.program, plan, "" if reason else kernel_source(site.program, _tma(arguments.target)), reason))
+        regions.append(
+            Inspected(site.program, plan, "" if reason else kernel_source(site.program, target_named(arguments.target)), reason)
+        )
     if not regions:
         print("No attention found; `attncompiler explain` says why.", file=sys.stderr)
         return 1
@@ -64,10 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _compiled(arguments, chosen)
     return 1 if any(r.reason for _, r in chosen) else 0
-
-
-def _tma(target: str) -> bool:
-    return target in ("sm_90", "sm_100")
 
 
 def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]) -> None:
@@ -93,4 +92,5 @@ def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]
 
 def _kernels(program: Attention, target: str) -> list[CompiledKernel]:
     layout = Layout(static_groups(program), frozenset(program.differentiable))
-    return cross_compile(program, choose_schedule(program, _tma(target)), layout, target)
+    chosen = target_named(target)
+    return cross_compile(program, choose_schedule(program, chosen, chosen.descriptors), layout, chosen)

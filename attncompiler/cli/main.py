@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import attncompiler
 from attncompiler.cli import doctor, inspect
 from attncompiler.cli.subject import INPUTS_HELP, load
-from attncompiler.codegen.cross_compile import TARGETS
 from attncompiler.errors import AttnCompilerError, OptionError
+from attncompiler.tuning.target import TARGETS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,28 +16,8 @@ from attncompiler.codegen.triton_expr import pointer_name
 from attncompiler.errors import OptionError
 from attncompiler.ir.program import Attention, Dtype
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
+from attncompiler.tuning.target import Target
 
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU that Triton compiles for: its name, Triton's own triple, and the shared memory of one block in bytes."""
-
-    name: str
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_memory: int
-
-
-TARGETS: Mapping[str, Target] = {
-    target.name: target
-    for target in (
-        Target("sm_80", "cuda", 80, 32, 163 * 1024),
-        Target("sm_90", "cuda", 90, 32, 227 * 1024),
-        Target("sm_100", "cuda", 100, 32, 227 * 1024),
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
-    )
-}
 KERNELS = ("attention_forward", "attention_delta", "attention_backward_queries", "attention_backward_keys")
 
 
@@ -63,16 +42,9 @@ class CompiledKernel:
         return _tool("nvdisasm", self.machine_code, ("-c",)) if self.target.backend == "cuda" else ""
 
 
-def target_named(name: str) -> Target:
-    """Raises: OptionError for a target that is not known."""
-    if name not in TARGETS:
-        raise OptionError(f"unknown target {name!r}", do=f"the targets are {', '.join(TARGETS)}")
-    return TARGETS[name]
-
-
-def cross_compile(program: Attention, schedule: Schedule, layout: Layout, target: str) -> list[CompiledKernel]:
-    """All kernels of a program for a target. Raises: UnsupportedProgram, OptionError."""
-    from attncompiler.runtime.triton_launch import load_module
+def cross_compile(program: Attention, schedule: Schedule, layout: Layout, target: Target) -> list[CompiledKernel]:
+    """All kernels of a program for a target. Raises: UnsupportedProgram; OptionError under TRITON_INTERPRET=1."""
+    from attncompiler.codegen.kernel_module import load_module
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise OptionError("kernels can't be compiled while TRITON_INTERPRET=1", do="unset it")
@@ -86,7 +58,7 @@ def cross_compile(program: Attention, schedule: Schedule, layout: Layout, target
     if "keys" in sides:
         wanted["attention_backward_keys"] = schedule.backward_keys
     emission = Emission(program, schedule, layout)
-    return [_compile(module, name, kernel, emission, target_named(target)) for name, kernel in wanted.items()]
+    return [_compile(module, name, kernel, emission, target) for name, kernel in wanted.items()]
 
 
 _TYPES = {
@@ -101,7 +73,7 @@ def _signature(kernel: str, names: list[str], emission: Emission, schedule: Kern
     pointers = {pointer_name(d.name): f"*{_TYPES[d.dtype]}" for d in program.tensors}
     value = _TYPES[program.value.dtype]
     pointers |= {"O": f"*{value}", "DO": f"*{value}"}
-    pointers |= dict.fromkeys(("Lse", "Rcp", "Delta", "DLse"), "*fp32")
+    pointers |= dict.fromkeys(("Lse", "Rcp", "Reference", "Delta", "DLse"), "*fp32")
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:

@@ -64,7 +64,7 @@ class Emission:
         if len(shared) > 1:
             raise UnsupportedProgram("keys and values are shared by different numbers of heads", do="repeat the smaller one")
         self.helpers: set[str] = set()
-        self.precision = ', input_precision="ieee"' if self._is(Dtype.F32) else ""
+        self.precision = f', input_precision="{schedule.float32}"' if self._is(Dtype.F32) else ""
         self.kept_score = score_where_kept(program)
         self.bounded = not (isinstance(program.axes.kv_idx, Const))
 
@@ -245,10 +245,10 @@ def _forward(e: Emission) -> str:
         finish = ["out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row that keeps no key is 0"]
     finish.append(f"lse = {e.natural('m_i + tl.log2(l_i)')}")
     rcp = ""
-    if e.program.absorbs:
+    if e.program.has_rcp:
         rcp = (
-            "# under a finite mask lse can be too large to hold log(l_i): rcp corrects it\n"
-            f"rcp = tl.exp2({e.base2('lse')} - m_i) / l_i\n"
+            "# what rounding takes from lse, which may be too large to hold log(l_i), rcp gives back\n"
+            f"rcp = tl.where(l_i == 0.0, 0.0, tl.exp2({e.base2('lse')} - m_i) / l_i)\n"
             "tl.store(Rcp + rows, rcp, mask=q_idx < M)"
         )
     return fill(
@@ -359,8 +359,6 @@ def _queries(e: Emission) -> str:
         parameters=", ".join(_parameters(e, "queries")),
         load_queries="\n".join(filter(None, [queries, before])),
         load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
-        load_lse=_load_lse(e),
-        guard_lse=_guard_lse(e),
         load_rcp=_load_rcp(e),
         accumulators="\n".join(dict.fromkeys(accumulators)),
         loops=loops,
@@ -399,7 +397,7 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
         score=score,
         scale=scale,
         apply_mask=mask,
-        rcp=" * rcp[:, None]" if e.program.absorbs else "",
+        rcp=" * rcp[:, None]" if e.program.has_rcp else "",
         load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
         gradients="\n".join(lines),
         precision=e.precision,
@@ -468,14 +466,12 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     tile = fill(
         softmax_backward.KEYS_TILE,
         load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True),
-        load_lse=_load_lse(e),
-        guard_lse=_guard_lse(e),
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
-        rcp=" * rcp[None, :]" if e.program.absorbs else "",
+        rcp=" * rcp[None, :]" if e.program.has_rcp else "",
         load_grad_o=_load_grad_o(e, "q_start"),
         gradients="\n".join([*names.lines, *lines]),
     )
@@ -506,18 +502,8 @@ def _load_grad_o(e: Emission, start: str) -> str:
     )
 
 
-def _load_lse(e: Emission) -> str:
-    return "lse = " + e.base2('tl.load(Lse + rows, mask=q_idx < M, other=float("inf"))')
-
-
-def _guard_lse(e: Emission) -> str:
-    if e.program.keep.empty is not Empty.ZERO or e.program.keep.predicate == TRUE:
-        return ""
-    return 'lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that keeps no key has no weights'
-
-
 def _load_rcp(e: Emission) -> str:
-    return "rcp = tl.load(Rcp + rows, mask=q_idx < M, other=1.0)" if e.program.absorbs else ""
+    return "rcp = tl.load(Rcp + rows, mask=q_idx < M, other=1.0)" if e.program.has_rcp else ""
 
 
 def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dict[str, float]) -> str:
@@ -536,8 +522,19 @@ def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dic
 
 def _delta(e: Emission) -> str:
     subtract = "delta -= tl.load(DLse + at, mask=rows < M, other=0.0)" if e.layout.has_grad_lse else ""
+    empty = ""
+    if e.program.keep.predicate != TRUE and e.program.keep.empty is not Empty.SCORE:
+        empty = (
+            'empty = lse == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
+            'lse = tl.where(empty, float("inf"), lse)\n'
+            "delta = tl.where(empty, 0.0, delta)"
+        )
     return fill(
-        softmax_backward.DELTA, parameters=", ".join(_parameters(e, "delta")), subtract_grad_lse=subtract
+        softmax_backward.DELTA,
+        parameters=", ".join(_parameters(e, "delta")),
+        subtract_grad_lse=subtract,
+        lse=e.base2("tl.load(Lse + at, mask=rows < M, other=0.0)"),
+        guard_empty=empty,
     ).replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")  # fmt: skip
 
 
@@ -549,7 +546,7 @@ def _parameters(e: Emission, kernel: str) -> list[str]:
     wanted = e.layout.wanted
     sizes = [s.name for s in dict.fromkeys(s for x in e.program.expressions for s in walk(x) if isinstance(s, Size))]
     if kernel == "delta":
-        out = ["O", "DO", "Delta"] + (["DLse"] if e.layout.has_grad_lse else [])
+        out = ["O", "DO", "Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])
         strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]
         return [*out, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
     vectors = list(e.vectors.values())
@@ -561,10 +558,10 @@ def _parameters(e: Emission, kernel: str) -> list[str]:
         parameters.append(pointer_name(tensor))
         parameters += [f"stride_{tensor}_{place}" for place in range(len(e.program.decls[tensor].shape))]
     if kernel == "forward":
-        parameters += ["O", "Lse", *(["Rcp"] if e.program.absorbs else []), "stride_o_b", "stride_o_h", "stride_o_m"]
+        parameters += ["O", "Lse", *(["Rcp"] if e.program.has_rcp else []), "stride_o_b", "stride_o_h", "stride_o_m"]
     else:
         parameters += ["DO", *([] if e.schedule.descriptors else [f"stride_do_{a}" for a in "bhmd"])]
-        parameters += ["Lse", *(["Rcp"] if e.program.absorbs else []), "Delta"]
+        parameters += ["Reference", *(["Rcp"] if e.program.has_rcp else []), "Delta"]
         reads = element_gradients(e.program, wanted)
         if kernel == "queries":
             moved = [e.vectors[d.left] for d in e.dots if d.left.tensor in wanted]
@@ -616,6 +613,9 @@ def _check(program: Attention) -> None:
     for read in (r for x in program.expressions for r in reads_of(x)):
         if any(isinstance(n, Read) for entry in read.index for n in walk(entry)):
             raise UnsupportedProgram(f"{read.tensor} is read at an index that is itself read", where=program.origin.line)
+    reads = vector_reads(program)
+    if len({read.tensor for read in reads}) < len(reads):
+        raise UnsupportedProgram("one tensor is read as two different vectors", where=program.origin.line)
     if any(kind_of(x, program.decls) is Kind.INT and x == ZERO for x in program.weigh.extra):
         raise UnsupportedProgram("an extra score is an integer", where=program.origin.line)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.vectors import VectorGradient, VectorView, add_elements, vector_gradient, view_vectors
+from attncompiler.codegen.vectors import VectorGradient, VectorView, add_elements, poison_empty_heads, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block, whole
 from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, dots_of, reads_of
@@ -215,7 +215,7 @@ def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
     value = operands[program.sum.tensor]
     o = value.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
     lse = value.new_empty((b, h, m), dtype=run.dtype)
-    rcp = value.new_empty((b, h, m) if program.absorbs else (0,), dtype=run.dtype)
+    rcp = value.new_empty((b, h, m) if program.has_rcp else (0,), dtype=run.dtype)
     for tile in run.tiles():
         block = run.block(tile)
         scores = run.scores(tile, block)
@@ -238,8 +238,8 @@ def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
         o[at] = result.to(o.dtype)
         row_lse = shift + total.log()
         lse[at] = row_lse.squeeze(3)
-        if program.absorbs:
-            rcp[at] = (torch.exp(row_lse - shift) / total).squeeze(3)
+        if program.has_rcp:
+            rcp[at] = (torch.exp(row_lse - shift) / total).masked_fill(total == 0, 0.0).squeeze(3)
     return o, lse, rcp
 
 
@@ -277,7 +277,10 @@ def backward(
         _backward_tile(run, slopes, tile, o, lse, rcp, grad_o, grad_lse, found, vectors)
     for gradient in vectors.values():
         gradient.scatter(run.everywhere)
-    return {name: grad.to(operands[name].dtype) for name, grad in found.items()}
+    gradients = {name: grad.to(operands[name].dtype) for name, grad in found.items()}
+    if program.sum.tensor in wanted:
+        poison_empty_heads(program, run.everywhere, lse, gradients[program.sum.tensor])
+    return gradients
 
 
 class _Slopes:
@@ -312,14 +315,18 @@ def _backward_tile(
     program, block = run.program, run.block(tile)
     at = (slice(tile.b0, tile.b1), slice(tile.h0, tile.h1), slice(tile.q0, tile.q1))
     rows, grad = lse[at].unsqueeze(3), grad_o[at].to(run.dtype)
-    if program.keep.empty is Empty.ZERO:
-        rows = rows.masked_fill(rows == float("-inf"), 0.0)
-    scale = rcp[at].unsqueeze(3) if program.absorbs else None
+    empty = None
+    if program.keep.predicate != TRUE and program.keep.empty is not Empty.SCORE and not program.weigh.extra:
+        empty = rows == float("-inf")  # no key is kept: no weight, and no gradient of any score
+        rows = rows.masked_fill(empty, 0.0)
+    scale = rcp[at].unsqueeze(3) if program.has_rcp else None
     weights = run.scores(tile, block).sub_(rows).exp_()
     weights = weights if scale is None else weights.mul_(scale)
     delta = (grad * o[at].to(run.dtype)).sum(3, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse[at].to(run.dtype).unsqueeze(3)
+    if empty is not None:
+        delta = delta.masked_fill(empty, 0.0)
     grad_weights = _product(grad, run.keys(run.value, tile), run.value.group)  # of the adjusted weights
     adjusted = weights
     if program.adjust != ONE:

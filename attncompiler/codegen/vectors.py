@@ -11,6 +11,8 @@ from torch import Tensor
 
 from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import AXES, KV_IDX, Apply, Axis, B, Const, Expr, H, Read, axes_of, mod
+from attncompiler.ir.program import Attention, Empty
+from attncompiler.passes.plan import proved_nonempty
 
 
 @dataclass(frozen=True)
@@ -162,3 +164,20 @@ def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
     else:
         open_index = tuple(span.reshape([-1 if i == j else 1 for j in range(len(kept))]) for i, span in enumerate(kept))
         target[open_index] += summed.to(target.dtype)
+
+
+def poison_empty_heads(program: Attention, block: Block, lse: Tensor, grad_value: Tensor) -> None:
+    """Under `else nan` a row that keeps no key has NaN weights for all keys, so the values of its head have NaN gradients.
+
+    The lowerings leave such rows out; where the mask alone does not prove that there are none, this puts the NaN in."""
+    keep = program.keep
+    if keep.empty is not Empty.NAN or program.weigh.extra or proved_nonempty(program, block.sizes, block.extents):
+        return
+    empty = (lse == float("-inf")).any(2)[:, :, None, None]
+    if grad_value.device.type == "cpu" and not bool(empty.any()):
+        return
+    poison = torch.where(empty, torch.nan, 0.0).to(grad_value.dtype)
+    row = vector_gradient(program.sum, view_vectors(program.sum, grad_value, KV_IDX, block), grad_value, KV_IDX, block)
+    rows = block.extents["kv_idx"]
+    row.add(poison.expand(-1, -1, rows, grad_value.shape[-1]), (0, lse.shape[0]), (0, lse.shape[1]), ((0, rows),))
+    row.scatter(block)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Origin:
     line: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Attention:
     """O[b, h, i] = sum_j weigh(score where keep)[j] * adjust[j] * value[j], for each b, h and query i.
 
@@ -128,7 +129,15 @@ class Attention:
     sum: Read  # a vector over the channels of the value
     origin: Origin = Origin()
 
-    @property
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.axes, self.tensors, self.score, self.keep, self.weigh, self.adjust, self.sum, self.origin))
+
+    def __hash__(self) -> int:
+        """Computed once: programs are keys of every cache that a call looks at."""
+        return self._hash
+
+    @functools.cached_property
     def decls(self) -> Mapping[str, TensorDecl]:
         return {decl.name: decl for decl in self.tensors}
 
@@ -141,7 +150,7 @@ class Attention:
         """Every expression of the program, clause by clause."""
         return (self.score, self.keep.predicate, *self.weigh.extra, self.adjust, self.sum)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[str, ...]:
         """Names of the run-time integers, in order of first use."""
         roots: list[Expr] = [self.axes.size(axis) for axis in AXES]
@@ -150,15 +159,19 @@ class Attention:
         names = [node.name for root in roots for node in walk(root) if isinstance(node, Size)]
         return tuple(dict.fromkeys(names))
 
-    @property
+    @functools.cached_property
     def absorbs(self) -> bool:
-        """True where a row's lse may be too large for float32 to hold log(l) beside the row maximum: under a finite mask.
-
-        Such programs carry rcp, so that a weight is exp(score - lse) * rcp exactly."""
+        """True where a row's lse may be too large for float32 to hold log(l) beside the row maximum: under a finite mask."""
         large = any(isinstance(n, Const) and isinstance(n.value, float) and -math.inf < n.value <= -1e3 for n in walk(self.score))
         return self.keep.empty is Empty.SCORE or large
 
-    @property
+    @functools.cached_property
+    def has_rcp(self) -> bool:
+        """True where a weight is exp(score - lse) * rcp: rcp gives back what rounding took from lse. So under a finite mask, and in
+        float32, where that rounding is as large as the error of eager code."""
+        return self.absorbs or self.value.dtype is Dtype.F32
+
+    @functools.cached_property
     def vectors(self) -> frozenset[str]:
         """Operands that are read as vectors: both sides of every dot product, and the value."""
         names = {self.sum.tensor}
@@ -167,7 +180,7 @@ class Attention:
                 names |= {dot.left.tensor, dot.right.tensor}
         return frozenset(names)
 
-    @property
+    @functools.cached_property
     def differentiable(self) -> tuple[str, ...]:
         """Operands that can carry a gradient: the floating ones that reach the output other than through a predicate."""
         used = {read.tensor for expr in (self.score, *self.weigh.extra, self.adjust) for read in reads_of(expr)}

@@ -15,7 +15,22 @@ import torch
 from torch import Tensor
 
 from attncompiler.ir.evaluate import Block, whole
-from attncompiler.ir.expr import AXES, FALSE, KV_IDX, Q_IDX, TRUE, Const, Expr, apply, axes_of, conjuncts, reads_of, sub, substitute
+from attncompiler.ir.expr import (
+    AXES,
+    FALSE,
+    KV_IDX,
+    Q_IDX,
+    TRUE,
+    Const,
+    Expr,
+    Size,
+    apply,
+    axes_of,
+    conjuncts,
+    reads_of,
+    sub,
+    substitute,
+)
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.intervals import Tiles
@@ -122,7 +137,7 @@ def build_plan(
     """The plan of a program on its operands' device; never waits for a GPU. Plans that read no tensor are remembered."""
     extents = extents_of(program, sizes)
     device = operands[program.sum.tensor].device
-    predicate = substitute(program.keep.predicate, {size: Const(value) for size, value in _sizes(program, sizes).items()})
+    predicate = _with_sizes(program.keep.predicate, program, sizes)
     keep = Keep(predicate, program.keep.empty)
     shape = tuple(extents[axis.name] for axis in AXES)
     if not reads_of(predicate):
@@ -130,10 +145,8 @@ def build_plan(
     return _plan(keep, operands, shape, block_q, block_kv, device)
 
 
-def _sizes(program: Attention, sizes: Mapping[str, int]) -> dict[Expr, int]:
-    from attncompiler.ir.expr import Size
-
-    return {Size(name): sizes[name] for name in program.sizes}
+def _with_sizes(predicate: Expr, program: Attention, sizes: Mapping[str, int]) -> Expr:
+    return substitute(predicate, {Size(name): Const(sizes[name]) for name in program.sizes})
 
 
 @functools.lru_cache(maxsize=512)
@@ -216,18 +229,43 @@ def _cut(tiles: Tensor, span: int, q_tiles: int, kv_tiles: int) -> Tensor:
 def _visit_all_for_empty_rows(predicate: Expr, block: Block, coverage: Tensor, block_q: int) -> Tensor:
     """A row under a finite mask that keeps nothing is the softmax over all keys: its query tile visits every key tile.
 
-    A row is proved to keep a key by a full tile beside it, or by one of a few witnesses: itself, its diagonal, the ends."""
-    m, n = block.extents["q_idx"], block.extents["kv_idx"]
-    kept = torch.zeros(1, 1, m, 1, dtype=torch.bool, device=coverage.device)
-    for witness in (Q_IDX, sub(Q_IDX, Const(m - n)), Const(0), Const(n - 1)):
-        at = apply("minimum", apply("maximum", witness, Const(0)), Const(n - 1))
-        kept = kept | block.tensor(substitute(predicate, {KV_IDX: at})).to(torch.bool)
+    A row is proved to keep a key by a full tile beside it, or by one of a few witnesses."""
+    m = block.extents["q_idx"]
+    kept = _surely_kept(predicate, block, coverage.device)
     plan_b, plan_h, q_tiles, _ = coverage.shape
     kept = kept.expand(plan_b, plan_h, m, 1).squeeze(3)
     short = -m % block_q
     kept = torch.cat([kept, torch.ones(plan_b, plan_h, short, dtype=torch.bool, device=kept.device)], 2)
     proved = kept.reshape(plan_b, plan_h, q_tiles, block_q).all(3) | (coverage == Coverage.FULL).any(3)
     return torch.where(proved.unsqueeze(3), coverage, coverage.new_tensor(Coverage.PARTIAL))
+
+
+def _surely_kept(predicate: Expr, block: Block, device: torch.device) -> Tensor:
+    """Which queries keep one of a few witnesses: the key of the same number, that on the diagonal, the first, the last."""
+    m, n = block.extents["q_idx"], block.extents["kv_idx"]
+    kept = torch.zeros(1, 1, m, 1, dtype=torch.bool, device=device)
+    for witness in (Q_IDX, sub(Q_IDX, Const(m - n)), Const(0), Const(n - 1)):
+        at = apply("minimum", apply("maximum", witness, Const(0)), Const(n - 1))
+        kept = kept | block.tensor(substitute(predicate, {KV_IDX: at})).to(torch.bool)
+    return kept
+
+
+def proved_nonempty(program: Attention, sizes: Mapping[str, int], extents: Mapping[str, int]) -> bool:
+    """True where the mask, whatever the tensors hold, leaves every query a key."""
+    predicate = program.keep.predicate
+    if predicate == TRUE:
+        return extents["kv_idx"] > 0
+    shape = tuple(extents[axis.name] for axis in AXES)
+    return not reads_of(predicate) and _keeps_in_every_row(_with_sizes(predicate, program, sizes), shape)
+
+
+@functools.lru_cache(maxsize=512)
+def _keeps_in_every_row(predicate: Expr, shape: tuple[int, ...]) -> bool:
+    extents = dict(zip((axis.name for axis in AXES), shape, strict=True))
+    if min(shape) == 0:
+        return False
+    device = torch.device("cpu")
+    return bool(_surely_kept(predicate, whole({}, {}, extents, torch.float64, device), device).all())
 
 
 # ------------------------------------------------------------------------------------------------- the score of full tiles

@@ -65,7 +65,7 @@ def _attention_fake(operands: Sequence[Tensor], sizes: Sequence[int], program: s
     o = value.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
     stats = torch.float64 if parsed.value.dtype is Dtype.F64 else torch.float32
     lse = value.new_empty((b, h, m), dtype=stats)
-    rcp = value.new_empty((b, h, m) if parsed.absorbs else (0,), dtype=stats)
+    rcp = value.new_empty((b, h, m) if parsed.has_rcp else (0,), dtype=stats)
     return o, lse, rcp
 
 

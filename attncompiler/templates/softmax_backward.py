@@ -1,8 +1,9 @@
 """The backward kernels of the softmax family. Weights are recomputed from lse; nothing is summed by atomics.
 
-dS = P * (dP - delta), delta = rowsum(O * dO) - dlse. One kernel walks the keys of each query tile and makes the gradients of
-the query side; the other walks the queries of each key tile and makes those of the key side. That one has keys on rows, so that no
-register tile is transposed before a product (Triton 3.4 to 3.7.0 miscompiles that on Hopper).
+P = exp2(score - reference), the reference being lse in base-2 units; dS = P * (dP - delta), delta = rowsum(O * dO) - dlse. One
+kernel walks the keys of each query tile and makes the gradients of the query side; the other walks the queries of each key tile and
+makes those of the key side. That one has keys on rows, so that no register tile is transposed before a product (Triton 3.4 to 3.7.0
+miscompiles that on Hopper).
 """
 
 DELTA = """
@@ -20,7 +21,10 @@ def attention_delta({parameters}):
     delta = tl.sum(o * do, 1)
     at = (b.to(tl.int64) * H + h) * M + rows
     {subtract_grad_lse}
+    lse = {lse}
+    {guard_empty}
     tl.store(Delta + at, delta, mask=rows < M)
+    tl.store(Reference + at, lse, mask=rows < M)
 """
 
 QUERIES = """
@@ -34,8 +38,7 @@ def attention_backward_queries({parameters}):
     {load_queries}
     {load_grad_o}
     rows = (b.to(tl.int64) * H + h) * M + q_idx
-    {load_lse}
-    {guard_lse}
+    reference = tl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
     delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
     {load_rcp}
     {accumulators}
@@ -49,7 +52,7 @@ kv_idx = kv_start + tl.arange(0, BLOCK_N)
 {score_lines}
 scores = {score}
 {apply_mask}
-p = tl.exp2(scores{scale} - lse[:, None]){rcp}
+p = tl.exp2(scores{scale} - reference[:, None]){rcp}
 {load_values}
 dp = tl.dot(do, tl.trans(v){precision})
 {gradients}
@@ -79,14 +82,13 @@ KEYS_TILE = """
 q_idx = q_start + tl.arange(0, BLOCK_M)
 {load_queries}
 rows = (b.to(tl.int64) * H + h) * M + q_idx
-{load_lse}
-{guard_lse}
+reference = tl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
 delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
 {load_rcp}
 {score_lines}
 scores = {score}  # keys on rows
 {apply_mask}
-p = tl.exp2(scores{scale} - lse[None, :]){rcp}
+p = tl.exp2(scores{scale} - reference[None, :]){rcp}
 {load_grad_o}
 {gradients}
 """

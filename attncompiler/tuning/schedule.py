@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention, Dtype
+from attncompiler.tuning.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,13 @@ class KernelSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The three kernels of a program. `descriptors`: operands come through TMA tensor descriptors (Hopper and later)."""
+    """The three kernels of a program. `descriptors`: operands come through TMA tensor descriptors; `float32`: see Target."""
 
     forward: KernelSchedule
     backward_queries: KernelSchedule
     backward_keys: KernelSchedule
     descriptors: bool
+    float32: str
 
 
 def head_size(program: Attention) -> int:
@@ -35,19 +37,57 @@ def head_size(program: Attention) -> int:
     return max(16, 1 << (longest - 1).bit_length())
 
 
-def choose_schedule(program: Attention, descriptors: bool, few_queries: bool = False) -> Schedule:
-    """A good schedule without measuring, from head size and element width. Source: docs/performance.md."""
+def choose_schedule(program: Attention, target: Target, descriptors: bool = False, few_queries: bool = False) -> Schedule:
+    """A good schedule without measuring, from head size, element width and target. Source: docs/performance.md."""
+    d = head_size(program)
     wide = program.value.dtype in (Dtype.F32, Dtype.F64)
-    d = head_size(program) * (2 if wide else 1)
-    if few_queries:
-        small = KernelSchedule(16, 64 if d <= 128 else 32, 4, 2)
-        return Schedule(small, small, small, descriptors)
+    kernels = _float32(d) if wide else _few_queries(d) if few_queries else _half(d)
+    element = 4 if wide else 2
+    forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
+    return Schedule(forward, queries, keys, descriptors and target.descriptors, target.float32)
+
+
+def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
+    K = KernelSchedule
     if d <= 64:
-        kernels = KernelSchedule(128, 64, 4, 3), KernelSchedule(64, 64, 4, 3), KernelSchedule(64, 64, 4, 3)
-    elif d <= 128:
-        kernels = KernelSchedule(128, 128, 8, 3), KernelSchedule(64, 64, 4, 2), KernelSchedule(64, 64, 4, 2)
-    elif d <= 256:
-        kernels = KernelSchedule(128, 64, 8, 2), KernelSchedule(64, 32, 8, 2), KernelSchedule(32, 64, 8, 2)
-    else:
-        kernels = KernelSchedule(64, 32, 8, 1), KernelSchedule(32, 32, 8, 1), KernelSchedule(32, 32, 8, 1)
-    return Schedule(*kernels, descriptors)
+        return K(128, 64, 4, 3), K(64, 64, 4, 3), K(64, 64, 4, 3)
+    if d <= 128:
+        return K(128, 64, 4, 2), K(64, 64, 4, 2), K(64, 64, 4, 2)
+    if d <= 256:
+        return K(128, 64, 8, 2), K(64, 32, 8, 2), K(32, 64, 8, 2)
+    return K(64, 32, 8, 1), K(32, 32, 8, 1), K(32, 32, 8, 1)
+
+
+def _few_queries(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
+    small = KernelSchedule(16, 64 if d <= 128 else 32, 4, 2)
+    return small, small, small
+
+
+def _float32(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
+    """Three products for one, each with its operands split in registers: smaller tiles, or they spill."""
+    K = KernelSchedule
+    if d <= 64:
+        return K(64, 32, 4, 2), K(32, 32, 4, 2), K(32, 32, 4, 2)
+    if d <= 128:
+        return K(64, 32, 8, 2), K(32, 32, 8, 1), K(32, 32, 8, 1)
+    return K(32, 32, 8, 1), K(16, 32, 8, 1), K(32, 16, 8, 1)
+
+
+def _fitting(kernel: KernelSchedule, d: int, element: int, target: Target) -> KernelSchedule:
+    """The same kernel with fewer stages, then smaller tiles, until its operands fit the target's shared memory."""
+    while _shared(kernel, d, element) > target.shared_memory:
+        if kernel.num_stages > 1:
+            kernel = replace(kernel, num_stages=kernel.num_stages - 1)
+        elif kernel.block_n > 16:
+            kernel = replace(kernel, block_n=kernel.block_n // 2)
+        elif kernel.block_m > 16:
+            kernel = replace(kernel, block_m=kernel.block_m // 2)
+        else:
+            break
+    return kernel
+
+
+def _shared(kernel: KernelSchedule, d: int, element: int) -> int:
+    """Bytes of the tiles that wait in shared memory: two of the resident side, two of each stage, and the weights."""
+    resident, streamed = max(kernel.block_m, kernel.block_n), min(kernel.block_m, kernel.block_n)
+    return element * (2 * d * resident + 2 * d * streamed * kernel.num_stages + kernel.block_m * kernel.block_n)

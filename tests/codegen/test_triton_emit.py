@@ -4,11 +4,12 @@ import os
 
 import pytest
 
-from attncompiler.codegen.cross_compile import TARGETS, cross_compile
+from attncompiler.codegen.cross_compile import cross_compile
 from attncompiler.codegen.emit import Layout, emit
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import TARGETS
 
 
 def program(dtype: str = "bf16", d: int = 64, keep: str = "kv_idx <= q_idx else nan") -> Attention:
@@ -24,7 +25,7 @@ def program(dtype: str = "bf16", d: int = 64, keep: str = "kv_idx <= q_idx else 
 
 
 def source(p: Attention, wanted: str = "qkv") -> str:
-    return emit(p, choose_schedule(p, False), Layout((1, 2, 2), frozenset(wanted)))
+    return emit(p, choose_schedule(p, TARGETS["sm_80"]), Layout((1, 2, 2), frozenset(wanted)))
 
 
 def test_no_register_tile_is_transposed_into_a_product() -> None:

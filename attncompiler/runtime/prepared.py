@@ -1,0 +1,261 @@
+"""What a call of emitted kernels needs besides the values of its tensors: made once for all operands of the same layout.
+
+A call then only fills the pointers in. Plans that read no tensor are part of what is kept; the others are built at each call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attncompiler.codegen.emit import Emission, Layout, emit, program_dots, vector_reads
+from attncompiler.codegen.kernel_module import load_module
+from attncompiler.codegen.triton_expr import pointer_name
+from attncompiler.codegen.vectors import VectorView, view_vectors
+from attncompiler.ir.evaluate import Block, whole
+from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Read, reads_of
+from attncompiler.ir.interpreter import extents_of
+from attncompiler.ir.program import Attention
+from attncompiler.passes.plan import TilePlan, TileRanges, build_plan
+from attncompiler.tuning.schedule import KernelSchedule, choose_schedule
+from attncompiler.tuning.target import Target, target_of_capability
+
+Constants = Mapping[str, Any]
+
+
+@functools.lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    """The target of a device; without one, that of the kernels which the interpreter runs."""
+    if device.type != "cuda":
+        return target_of_capability(8, False)
+    return target_of_capability(torch.cuda.get_device_capability(device)[0], torch.version.hip is not None)
+
+
+# -------------------------------------------------------------------------------------------------------- descriptors
+
+
+def describable(tensor: Tensor) -> bool:
+    """True where a TMA descriptor can show a tensor: aligned, dense channels, no broadcast."""
+    step = tensor.element_size()
+    sides = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    return (
+        tensor.stride(3) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(size == 1 or (stride > 0 and stride * step % 16 == 0) for size, stride in sides)
+        and min(tensor.shape) > 0
+    )
+
+
+def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    step = 16 // tensor.element_size()
+    strides = [
+        stride if size > 1 else max(stride, step) // step * step for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    strides[3] = 1
+    return TensorDescriptor(tensor, list(tensor.shape), strides, list(block))
+
+
+class Launch:
+    """One kernel with everything filled in but its pointers."""
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], constants: Constants, tensors: Mapping[str, Tensor], schedule: KernelSchedule,
+        emission: Emission | None,
+    ) -> None:  # fmt: skip
+        values = {**constants, "BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
+        self._kernel, self._grid = kernel[grid], grid
+        self._arguments = [values.get(name) for name in kernel.arg_names]
+        self._pointers: list[tuple[int, str]] = []
+        self._descriptors: list[tuple[int, str, dict[str, Any]]] = []
+        self._options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
+        for place, name in enumerate(kernel.arg_names):
+            if name in values:
+                continue
+            block = emission.descriptor_block(name, schedule) if emission is not None and emission.schedule.descriptors else None
+            if block is None:
+                self._pointers.append((place, name))
+            else:
+                self._descriptors.append((place, name, dict(vars(_descriptor(tensors[name], block)))))
+
+    def __call__(self, tensors: Mapping[str, Tensor], plan: Constants | None = None) -> None:
+        arguments = self._arguments.copy()
+        for place, name in self._pointers:
+            arguments[place] = tensors[name] if plan is None or name not in plan else plan[name]
+        for place, name, fields in self._descriptors:
+            descriptor = object.__new__(TensorDescriptor)  # its checks were made for the first of these
+            descriptor.__dict__.update(fields, base=tensors[name])
+            arguments[place] = descriptor
+        self._kernel(*arguments, **self._options)
+
+
+# ----------------------------------------------------------------------------------------------------------- operands
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Where the vectors of one read lie in its operand: [B', H', L, D] from `offset` elements on."""
+
+    view: VectorView
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def show(self, operand: Tensor) -> Tensor:
+        """The same vectors of another tensor of the same layout."""
+        return operand if self.offset == 0 else operand.as_strided(self.shape, self.strides, operand.storage_offset() + self.offset)
+
+
+def row_axis(program: Attention, read: Read) -> Axis:
+    """The axis that the vectors of a read go along."""
+    return Q_IDX if any(read == dot.left for dot in program_dots(program)) else KV_IDX
+
+
+class Prepared:
+    """A program for operands of one layout on one device."""
+
+    def __init__(self, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+        self.program, self.sizes = program, sizes
+        self.extents = extents_of(program, sizes)
+        self.device = operands[program.sum.tensor].device
+        self._positions = whole({}, sizes, self.extents, torch.float32, self.device).positions
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+        views = self._views(operands)
+        self.gathers = any(view.gathered for view in views.values())
+        self._vectors = {
+            read: _Vectors(
+                VectorView(torch.empty(0), view.group, view.gathered),
+                0 if view.gathered else int(view.tensor.storage_offset() - operands[read.tensor].storage_offset()),
+                tuple(view.tensor.shape),
+                view.tensor.stride(),
+            )
+            for read, view in views.items()
+        }
+        tensors = [view.tensor for view in views.values()]
+        target = target_of(self.device)
+        descriptors = target.descriptors and all(describable(tensor) for tensor in tensors)
+        self.schedule = choose_schedule(program, target, descriptors, few_queries=self.extents["q_idx"] <= 16)
+        heads = self.extents["h"]
+        self.groups = tuple(view.group if view.tensor.shape[1] > 1 or heads == 1 else heads for view in views.values())
+        self.constants = self._constants(operands, views)
+        self.static = not reads_of(program.keep.predicate)
+
+    def _views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
+        block = self.block(operands)
+        return {r: view_vectors(r, operands[r.tensor], row_axis(self.program, r), block) for r in vector_reads(self.program)}
+
+    def block(self, operands: Mapping[str, Tensor]) -> Block:
+        """All positions of the program, over the operands of a call."""
+        return Block(operands, self.sizes, self.extents, self._positions, torch.float32)
+
+    def _constants(self, operands: Mapping[str, Tensor], views: Mapping[Read, VectorView]) -> Constants:
+        """Sizes and strides under the names that kernels give them."""
+        found: dict[str, Any] = {"H": self.extents["h"], "M": self.extents["q_idx"], "N": self.extents["kv_idx"], **self.sizes}
+        for read, view in views.items():
+            shape, strides = view.tensor.shape, view.tensor.stride()
+            dense = [0 if size == 1 else stride for size, stride in zip(shape[:3], strides[:3], strict=True)]
+            names = [f"stride_{read.tensor}_{a}" for a in ("b", "h", "row", "channel")]
+            found |= dict(zip(names, (*dense, strides[3]), strict=True))
+        for decl in self.program.tensors:
+            if decl.name not in self.program.vectors:
+                found |= {f"stride_{decl.name}_{place}": stride for place, stride in enumerate(operands[decl.name].stride())}
+        return found
+
+    def pointers(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The operands of a call under the names that kernels give them."""
+        found = {}
+        for decl in self.program.tensors:
+            tensor = operands[decl.name]
+            found[pointer_name(decl.name)] = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        if self.gathers:
+            found |= {pointer_name(read.tensor): view.tensor for read, view in self._views(operands).items()}
+        else:
+            found |= {pointer_name(read.tensor): vectors.show(operands[read.tensor]) for read, vectors in self._vectors.items()}
+        return found
+
+    def views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
+        """The vectors of every read of a call."""
+        return self._views(operands)
+
+    # ------------------------------------------------------------------------------------------------------- kernels
+
+    def run(
+        self,
+        name: str,
+        schedule: KernelSchedule,
+        layout: Layout,
+        tensors: Mapping[str, Tensor],
+        operands: Mapping[str, Tensor],
+        constants: Constants | None = None,
+    ) -> None:
+        """Launch one kernel of the program. `constants` holds strides that are known from the second time on by `layout` and by
+        the tensors' own layout."""
+        key = (name, layout, *(tensors[t].stride() for t in ("DO",) if t in tensors))
+        plan = None if self.static or name == "attention_delta" else self._plan(name, schedule, operands)[0]
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._launch(name, schedule, layout, tensors, operands, constants or {})
+        launch(tensors, plan)
+
+    def _launch(
+        self, name: str, schedule: KernelSchedule, layout: Layout, tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor],
+        constants: Constants,
+    ) -> Launch:  # fmt: skip
+        module = load_module(emit(self.program, self.schedule, layout))
+        emission = Emission(self.program, self.schedule, layout)
+        b, h, m = (self.extents[axis] for axis in ("b", "h", "q_idx"))
+        if name == "attention_delta":
+            return Launch(
+                getattr(module, name), (-(-m // schedule.block_m), b * h), {**self.constants, **constants}, tensors, schedule, None
+            )
+        plan, tiles = self._plan(name, schedule, operands)
+        rows = b * (h // max(self.groups)) if name == "attention_backward_keys" else b * h
+        fixed = {**self.constants, **constants, **{k: v for k, v in plan.items() if self.static or not isinstance(v, Tensor)}}
+        return Launch(getattr(module, name), (tiles, rows), fixed, tensors, schedule, emission)
+
+    def _plan(self, name: str, schedule: KernelSchedule, operands: Mapping[str, Tensor]) -> tuple[Constants, int]:
+        plan = build_plan(self.program, operands, self.sizes, schedule.block_m, schedule.block_n)
+        plan = plan.transposed() if name == "attention_backward_keys" else plan
+        found = {**_ranges("Full", plan.full), **_ranges("Partial", plan.partial), "Order": _order(plan)}
+        return found, plan.q_tiles
+
+
+def _ranges(name: str, ranges: TileRanges) -> dict[str, Any]:
+    return {
+        f"{name}Count": ranges.count,
+        f"{name}Begin": ranges.begin,
+        f"{name}End": ranges.end,
+        f"{name}_ranges": ranges.begin.shape[1],
+    }
+
+
+def _order(plan: TilePlan) -> Tensor:
+    """Tiles with the most work first, so that the last programs to run are short."""
+    work = (plan.coverage != 0).sum(3).amax((0, 1))
+    return torch.argsort(work, descending=True, stable=True).to(torch.int32)
+
+
+_PREPARED: dict[tuple[Any, ...], Prepared] = {}
+_MOST = 1024  # layouts remembered; a serving process with ever new lengths must not grow for ever
+
+
+def prepare(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Prepared:
+    """The prepared program for operands of this layout; made on the first call."""
+    tensors = operands.values()
+    key = (
+        program,
+        *sizes.values(),
+        operands[program.sum.tensor].device,
+        *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors],
+    )
+    found = _PREPARED.get(key)
+    if found is None:
+        if len(_PREPARED) >= _MOST:
+            _PREPARED.pop(next(iter(_PREPARED)))
+        found = _PREPARED[key] = Prepared(program, operands, sizes)
+    return found
