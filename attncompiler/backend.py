@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
@@ -38,8 +39,24 @@ def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGrap
         return CompiledGraph(module, (), (Missed(f"the graph could not be analysed: {type(error).__name__}: {error}", ""),))
 
 
+def _inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor; where a graph samples (attention over drawn keys, say), with eager's random numbers, so that a seed means the same."""
+    samples = any(_draws(node) for node in module.graph.nodes)
+    compiled = compile_fx(module, inputs, config_patches={"fallback_random": True} if samples else None)
+    return cast(Callable[..., Any], compiled)
+
+
+_SAMPLERS = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "geometric", "cauchy", "log_normal", "poisson")
+
+
+def _draws(node: Node) -> bool:
+    """True for an operator or a torch function that takes random numbers, other than dropout."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name.startswith(_SAMPLERS)
+
+
 _INNER: Mapping[Inner, Callable[[GraphModule, Sequence[Any]], Any]] = {
-    Inner.INDUCTOR: lambda module, inputs: compile_fx(module, inputs),
+    Inner.INDUCTOR: _inductor,
     Inner.AOT_EAGER: lambda module, inputs: aot_eager(module, list(inputs)),
     Inner.EAGER: lambda module, inputs: module.forward,
 }

@@ -130,7 +130,8 @@ class IndexSpace:
         merged: Expr = ZERO
         for digit, extent in digits:
             merged = add(mul(merged, size_expr(extent)), digit)
-        self._digits[merged] = digits
+        if all(digit != merged for digit, _ in digits):  # with zeros before it, a digit is its own sum
+            self._digits[merged] = digits
         return merged
 
 

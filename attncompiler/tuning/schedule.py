@@ -44,7 +44,7 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     kernels = _float32(d) if wide else _few_queries(d) if few_queries else _half(d)
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
-    return Schedule(forward, queries, keys, descriptors and target.descriptors, target.float32)
+    return Schedule(forward, queries, keys, descriptors and target.descriptors and not wide, target.float32)
 
 
 def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
@@ -64,13 +64,13 @@ def _few_queries(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule
 
 
 def _float32(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
-    """Three products for one, each with its operands split in registers: smaller tiles, or they spill."""
+    """Three products for one, each with its operands split in registers: smaller tiles, or they spill (more so through TMA)."""
     K = KernelSchedule
     if d <= 64:
-        return K(64, 32, 4, 2), K(32, 32, 4, 2), K(32, 32, 4, 2)
+        return K(64, 32, 4, 2), K(64, 32, 4, 1), K(32, 16, 4, 1)
     if d <= 128:
-        return K(64, 32, 8, 2), K(32, 32, 8, 1), K(32, 32, 8, 1)
-    return K(32, 32, 8, 1), K(16, 32, 8, 1), K(32, 16, 8, 1)
+        return K(32, 16, 4, 2), K(32, 16, 4, 1), K(32, 16, 4, 1)
+    return K(16, 16, 4, 1), K(16, 16, 4, 1), K(16, 16, 4, 1)
 
 
 def _fitting(kernel: KernelSchedule, d: int, element: int, target: Target) -> KernelSchedule:
