@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
@@ -40,7 +39,7 @@ def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGrap
 
 
 def _inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor; where a graph samples (attention over drawn keys, say), with eager's random numbers, so that a seed means the same."""
+    """Inductor; where a graph samples (attention over drawn keys, say) with eager's random numbers: a seed then means the same."""
     samples = any(_draws(node) for node in module.graph.nodes)
     compiled = compile_fx(module, inputs, config_patches={"fallback_random": True} if samples else None)
     return cast(Callable[..., Any], compiled)

@@ -22,8 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attncompiler.codegen.emit import Layout
 from attncompiler.ir import Attention, interpret, parse, verify
-from attncompiler.runtime import triton_launch
+from attncompiler.ir.text import to_text
+from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
+from attncompiler.runtime import prepared, triton_launch
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
 
@@ -104,6 +107,9 @@ CHECKS = (
     ("sinks", "{dot} * 0.25", "kv_idx <= q_idx else nan", "softmax(sink[h], 0.0)", "", ", sink: f32[4]"),
     ("dropout", "{dot} * 0.25", "", "softmax", "where(uniform(seed[0]) >= 0.25, 1.3333333333333333, 0.0)", ", seed: i64[1]"),
     ("softcap", "tanh({dot} * 0.25 / 3.0) * 3.0", "kv_idx <= q_idx else nan", "softmax", "", ""),
+    ("documents", "{dot} * 0.25", "(kv_idx <= q_idx) & (doc[q_idx] == doc[kv_idx]) else nan", "softmax", "",
+     ", doc: i32[{both}]"),
+    ("table", "{dot} * 0.25 + table[h, q_idx - kv_idx + {n}]", "", "softmax", "", ", table: f32[4, {both}]"),
 )  # fmt: skip
 
 
@@ -117,8 +123,8 @@ def check(part: int, parts: int) -> int:
         dot = "dot(q[b, h, q_idx], k[b, h // 2, kv_idx])"
         text = f"""attention
           axes    b=2, h=4, q_idx={m}, kv_idx={n}
-          read    q: {dtype}[2, 4, {m}, {d}], k: {dtype}[2, 2, {n}, {d}], v: {dtype}[2, 2, {n}, {dv}]{reads.format(m=m, n=n)}
-          score   {score.format(dot=dot)}
+          read    q: {dtype}[2, 4, {m}, {d}], k: {dtype}[2, 2, {n}, {d}], v: {dtype}[2, 2, {n}, {dv}]{reads.format(m=m, n=n, both=m + n)}
+          score   {score.format(dot=dot, n=n)}
           {f"keep    {keep}" if keep else ""}
           weigh   {weigh}
           {f"adjust  {adjust}" if adjust else ""}
@@ -152,6 +158,8 @@ def _worst_ratio(p: Attention, strided: bool) -> float:
         elif dtype.is_floating_point:
             wide = torch.randn(*shape[:-1], shape[-1] * 2 + 3, device="cuda").to(dtype)
             made[decl.name] = wide[..., 1 : shape[-1] * 2 : 2] if strided else wide[..., : shape[-1]].contiguous()
+        elif dtype is torch.int32:
+            made[decl.name] = torch.randint(0, 3, shape, device="cuda", dtype=dtype).sort().values
         else:
             made[decl.name] = torch.randint(0, 2**40, shape, device="cuda", dtype=dtype)
     wanted = frozenset(p.differentiable)
@@ -209,10 +217,10 @@ def milliseconds(f: Callable[[], object], warmup: int = 15, rep: int = 60) -> fl
 def schedules(n: int, h: int, d: int) -> None:
     """Candidate schedules, forward and backward, causal and full."""
     K = KernelSchedule
-    base = Schedule(K(128, 128, 8, 3), K(128, 64, 8, 2), K(64, 128, 8, 2), True)
-    forwards = [K(128, 128, 8, 3), K(128, 64, 4, 2), K(128, 64, 8, 3)]
-    queries = [K(128, 64, 8, 3), K(64, 64, 4, 2), K(64, 64, 4, 3), K(64, 32, 4, 3)]
-    keys = [K(64, 128, 8, 2), K(64, 64, 4, 2), K(32, 64, 4, 2), K(32, 64, 4, 3)]
+    base = Schedule(K(128, 64, 4, 2), K(64, 64, 4, 2), K(64, 64, 4, 2), True, "tf32x3")
+    forwards = [K(128, 64, 4, 2), K(128, 64, 4, 3), K(128, 128, 8, 2), K(64, 64, 4, 3), K(64, 128, 4, 2)]
+    queries = [K(64, 64, 4, 2), K(128, 64, 8, 2), K(64, 128, 4, 2), K(64, 32, 4, 3)]
+    keys = [K(64, 64, 4, 2), K(64, 128, 8, 2), K(128, 64, 8, 2), K(32, 64, 4, 3)]
     for case in cases(n, h, d)[:2]:
         made = operands_of(case, n, h, d)
         flops = 4 * h * n * n * d * case.density
@@ -234,8 +242,9 @@ def schedules(n: int, h: int, d: int) -> None:
 def _time_part(case: Case, made: dict[str, Tensor], schedule: Schedule, part: str) -> float:
     from unittest import mock
 
-    wanted = {"forward": frozenset(), "backward_queries": frozenset("q"), "backward_keys": frozenset("kv")}[part]
-    with mock.patch.object(triton_launch, "_schedule", lambda bound: schedule):
+    wanted = {"forward": frozenset[str](), "backward_queries": frozenset("q"), "backward_keys": frozenset("kv")}[part]
+    prepared._PREPARED.clear()
+    with mock.patch.object(prepared, "choose_schedule", lambda *_, **__: schedule):
         o, lse, rcp = triton_launch.forward(case.ours, made, {})
         if part == "forward":
             return milliseconds(lambda: triton_launch.forward(case.ours, made, {}))
@@ -324,22 +333,72 @@ def _peers(case: Case, leaves: list[Tensor], grad_o: Tensor) -> dict[str, Callab
     return found
 
 
-def host_time() -> str:
-    """Microseconds of host time a call over a bare launch of the same kernel."""
+def host_time() -> list[str]:
+    """Host microseconds a call: the bare launch of the kernel, our forward, and the registered op around it."""
     case = Case("causal", program(64, 1, 64, keep="kv_idx <= q_idx else nan"), {}, None, None, 1.0)
     made = operands_of(case, 64, 1, 64)
-    triton_launch.forward(case.ours, made, {})
+    o, lse, rcp = triton_launch.forward(case.ours, made, {})
+    call = prepared.prepare(case.ours, made, {})
+    launch = call._launches[("attention_forward", Layout(call.groups, frozenset()))]
+    tensors = {**call.pointers(made), "O": o, "Lse": lse, "Rcp": rcp}
+    text = to_text(case.ours)
+    runs = {
+        "bare launch": launch.frozen(tensors),
+        "forward": lambda: triton_launch.forward(case.ours, made, {}),
+        "registered op": lambda: torch.ops.attncompiler.attention(list(made.values()), [], text),
+    }
+    return [f"{name}: {_microseconds(run):.1f} us a call" for name, run in runs.items()]
+
+
+def _microseconds(run: Callable[[], object], calls: int = 500) -> float:
+    for _ in range(20):
+        run()
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(500):
-        triton_launch.forward(case.ours, made, {})
-    torch.cuda.synchronize()
-    return f"host time a forward call: {(time.perf_counter() - start) / 500 * 1e6:.1f} us"
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return best / calls * 1e6
+
+
+_COMPILED = """
+import time, torch, attncompiler
+def attention(q, k, v):
+    n = q.shape[2]
+    mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    return (q @ k.mT * 0.125).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+torch.compile(torch.nn.functional.relu)(q).sum().backward()  # what torch.compile itself needs once in a process
+torch.cuda.synchronize(); start = time.perf_counter()
+torch.compile(attention, backend="attncompiler")(q, k, v).sum().backward()
+torch.cuda.synchronize(); print(f"{time.perf_counter() - start:.2f}")
+"""
+
+
+def compile_time() -> list[str]:
+    """Seconds from the first call to the end of its backward: with empty caches, then in a new process with them."""
+    import os
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("ATTNCOMPILER_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        environment = {**os.environ, **{name: f"{folder}/{name}" for name in names}}
+        found = []
+        for name in ("cold", "warm"):
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", _COMPILED], env=environment, capture_output=True, text=True
+            )
+            found.append(f"{name} compile of one attention, forward and backward: {(done.stdout.strip() or done.stderr[-400:])} s")
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["check", "schedules", "bench", "host"])
+    parser.add_argument("what", nargs="+", choices=["check", "schedules", "bench", "host", "compile"])
     parser.add_argument("--n", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--d", type=int, default=128)
@@ -356,7 +415,9 @@ def main() -> int:
         failures = check(*(int(x) for x in arguments.part.split("/")))
         print(f"{failures} checks failed")
     if "host" in arguments.what:
-        rows.append(host_time())
+        rows += host_time()
+    if "compile" in arguments.what:
+        rows += compile_time()
     if "schedules" in arguments.what:
         schedules(arguments.n, arguments.heads, arguments.d)
     if "bench" in arguments.what:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attncompiler.codegen.triton_expr import HELPERS, Names, number, pointer_name, triton
+from attncompiler.codegen.text import fill
+from attncompiler.codegen.triton_expr import HELPERS, Names, number, pointer_name, size_names, triton
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.derivative import derivative
-from attncompiler.ir.expr import ONE, TRUE, ZERO, Apply, Const, Dot, Expr, Kind, Read, Size, axes_of, dots_of, reads_of, walk
+from attncompiler.ir.expr import ONE, TRUE, ZERO, Apply, Const, Dot, Expr, Kind, Read, axes_of, dots_of, reads_of, walk
 from attncompiler.ir.program import Attention, Dtype, Empty, kind_of
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.plan import score_where_kept
@@ -204,26 +204,6 @@ def _literal(program: Attention, read: Read) -> int:
     if program.decls[read.tensor].dtype is Dtype.F64:
         raise UnsupportedProgram("float64 has no kernel", where=program.origin.line, do="use the portable lowering")
     return int(size.value)
-
-
-def indent(text: str, depth: int) -> str:
-    return textwrap.indent(text, "    " * depth)
-
-
-def fill(template: str, **holes: str) -> str:
-    """A template with its holes filled; a hole on a line of its own that has nothing to say takes the line with it."""
-    lines = []
-    for line in template.splitlines():
-        stripped = line.strip()
-        hole = stripped[1:-1] if stripped.startswith("{") and stripped.endswith("}") and stripped[1:-1] in holes else None
-        if hole is not None:
-            if holes[hole]:
-                lines.append(indent(holes[hole].strip("\n"), (len(line) - len(line.lstrip())) // 4))
-            continue
-        for name, value in holes.items():
-            line = line.replace("{" + name + "}", value)
-        lines.append(line)
-    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
@@ -544,7 +524,7 @@ def _delta(e: Emission) -> str:
 def _parameters(e: Emission, kernel: str) -> list[str]:
     """The signature of a kernel: only what it uses."""
     wanted = e.layout.wanted
-    sizes = [s.name for s in dict.fromkeys(s for x in e.program.expressions for s in walk(x) if isinstance(s, Size))]
+    sizes = size_names(e.program, e.program.expressions)
     if kernel == "delta":
         out = ["O", "DO", "Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])
         strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import OPERATORS, Apply, Axis, Const, Dot, Expr, Kind, Read, Size, Uniform, axes_of
+from attncompiler.ir.expr import OPERATORS, Apply, Axis, Const, Dot, Expr, Kind, Read, Size, Uniform, axes_of, reads_of, walk
 from attncompiler.ir.program import Attention, kind_of
 from attncompiler.ir.text import expr_text
 
@@ -131,6 +131,9 @@ def element_address(read: Read, names: Names) -> tuple[str, str]:
     terms = [pointer_name(read.tensor)]
     for place, entry in enumerate(read.index):
         text = _write(entry, names)
+        extent = names.program.decls[read.tensor].shape[place]
+        if not _surely_inside(entry, extent, names.program):  # a branch of `where` that is not taken may point outside
+            text = f"tl.minimum(tl.maximum({text}, 0), {_write(extent, names)} - 1)"
         if text != "0":
             wide = f"({text}).to(tl.int64)" if axes_of(entry) else text
             terms.append(f"{wide} * {stride_name(read.tensor, place)}")
@@ -141,6 +144,51 @@ def element_address(read: Read, names: Names) -> tuple[str, str]:
     if "kv_idx" in axes and "kv_idx" in names.bounds:
         tests.append(f"({names.axis('kv_idx')} < N)")
     return " + ".join(terms), " & ".join(tests)
+
+
+def size_names(program: Attention, exprs: Iterable[Expr]) -> list[str]:
+    """The run-time integers that expressions and the tensors that they read are written with."""
+    roots = list(exprs)
+    roots += [size for e in tuple(roots) for r in reads_of(e) for size in program.decls[r.tensor].shape]
+    return [s.name for s in dict.fromkeys(s for root in roots for s in walk(root) if isinstance(s, Size))]
+
+
+def _surely_inside(entry: Expr, extent: Expr, program: Attention) -> bool:
+    """True where 0 <= entry < extent is certain."""
+    if isinstance(entry, Axis) and program.axes.size(entry) == extent:
+        return True
+    low, high = _range(entry, program)
+    return isinstance(extent, Const) and low >= 0 and high < int(extent.value)
+
+
+def _range(expr: Expr, program: Attention) -> tuple[float, float]:
+    """The smallest and largest value that an index can have."""
+    anything = -math.inf, math.inf
+    if isinstance(expr, Const):
+        return float(expr.value), float(expr.value)
+    if isinstance(expr, Axis):
+        size = program.axes.size(expr)
+        return 0.0, float(size.value) - 1 if isinstance(size, Const) else math.inf
+    if not isinstance(expr, Apply):
+        return anything
+    bounds = [_range(arg, program) for arg in expr.args]
+    if expr.op == "neg":
+        return -bounds[0][1], -bounds[0][0]
+    if len(bounds) != 2:
+        return anything
+    (a, b), (c, d) = bounds
+    if expr.op in ("add", "sub"):
+        return (a + c, b + d) if expr.op == "add" else (a - d, b - c)
+    if expr.op in ("minimum", "maximum"):
+        return (min(a, c), min(b, d)) if expr.op == "minimum" else (max(a, c), max(b, d))
+    if c == d and 0 < c < math.inf:
+        if expr.op == "mul":
+            return a * c, b * c
+        if expr.op == "floordiv":
+            return (a // c if math.isfinite(a) else a), (b // c if math.isfinite(b) else b)
+        if expr.op == "mod":
+            return 0.0, c - 1
+    return anything
 
 
 def pointer_name(tensor: str) -> str:

@@ -240,14 +240,21 @@ def _visit_all_for_empty_rows(predicate: Expr, block: Block, coverage: Tensor, b
     return torch.where(proved.unsqueeze(3), coverage, coverage.new_tensor(Coverage.PARTIAL))
 
 
-def _surely_kept(predicate: Expr, block: Block, device: torch.device) -> Tensor:
-    """Which queries keep one of a few witnesses: the key of the same number, that on the diagonal, the first, the last."""
-    m, n = block.extents["q_idx"], block.extents["kv_idx"]
-    kept = torch.zeros(1, 1, m, 1, dtype=torch.bool, device=device)
-    for witness in (Q_IDX, sub(Q_IDX, Const(m - n)), Const(0), Const(n - 1)):
-        at = apply("minimum", apply("maximum", witness, Const(0)), Const(n - 1))
-        kept = kept | block.tensor(substitute(predicate, {KV_IDX: at})).to(torch.bool)
+def kept_by_witness(predicate: Expr, m: Expr, n: Expr) -> Expr:
+    """Whether a query surely keeps a key: the key of the same number, that on the diagonal, the first or the last."""
+    kept: Expr = FALSE
+    last = sub(n, Const(1))
+    for witness in (Q_IDX, sub(Q_IDX, sub(m, n)), Const(0), last):
+        at = apply("minimum", apply("maximum", witness, Const(0)), last)
+        kept = apply("or", kept, substitute(predicate, {KV_IDX: at}))
     return kept
+
+
+def _surely_kept(predicate: Expr, block: Block, device: torch.device) -> Tensor:
+    """Which queries keep one of the witnesses: bool, broadcast to [b, h, q_idx, 1]."""
+    m, n = block.extents["q_idx"], block.extents["kv_idx"]
+    kept = block.tensor(kept_by_witness(predicate, Const(m), Const(n))).to(torch.bool).to(device)
+    return kept | torch.zeros(1, 1, m, 1, dtype=torch.bool, device=device)
 
 
 def proved_nonempty(program: Attention, sizes: Mapping[str, int], extents: Mapping[str, int]) -> bool:

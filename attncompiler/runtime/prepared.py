@@ -6,8 +6,8 @@ A call then only fills the pointers in. Plans that read no tensor are part of wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attncompiler.codegen.emit import Emission, Layout, emit, program_dots, vector_reads
 from attncompiler.codegen.kernel_module import load_module
+from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
 from attncompiler.codegen.triton_expr import pointer_name
 from attncompiler.codegen.vectors import VectorView, view_vectors
 from attncompiler.ir.evaluate import Block, whole
-from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Read, reads_of
+from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, Axis, Read, axes_of, conj, conjuncts, reads_of
 from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention
+from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.plan import TilePlan, TileRanges, build_plan
 from attncompiler.tuning.schedule import KernelSchedule, choose_schedule
 from attncompiler.tuning.target import Target, target_of_capability
@@ -84,6 +85,13 @@ class Launch:
                 self._descriptors.append((place, name, dict(vars(_descriptor(tensors[name], block)))))
 
     def __call__(self, tensors: Mapping[str, Tensor], plan: Constants | None = None) -> None:
+        self._kernel(*self._filled(tensors, plan), **self._options)
+
+    def frozen(self, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
+        """The launch of these very tensors and nothing else: what host time is compared with."""
+        return functools.partial(self._kernel, *self._filled(tensors, None), **self._options)
+
+    def _filled(self, tensors: Mapping[str, Tensor], plan: Constants | None) -> list[Any]:
         arguments = self._arguments.copy()
         for place, name in self._pointers:
             arguments[place] = tensors[name] if plan is None or name not in plan else plan[name]
@@ -91,7 +99,7 @@ class Launch:
             descriptor = object.__new__(TensorDescriptor)  # its checks were made for the first of these
             descriptor.__dict__.update(fields, base=tensors[name])
             arguments[place] = descriptor
-        self._kernel(*arguments, **self._options)
+        return arguments
 
 
 # ----------------------------------------------------------------------------------------------------------- operands
@@ -144,6 +152,9 @@ class Prepared:
         self.groups = tuple(view.group if view.tensor.shape[1] > 1 or heads == 1 else heads for view in views.values())
         self.constants = self._constants(operands, views)
         self.static = not reads_of(program.keep.predicate)
+        tiles = -(-max(self.extents["q_idx"], self.extents["kv_idx"]) // 16)
+        self._plans_on_device = tiles <= MOST_TILES and has_plan_kernel(program)
+        self._orders: dict[str, Tensor] = {}
 
     def _views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
         block = self.block(operands)
@@ -168,14 +179,18 @@ class Prepared:
 
     def pointers(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The operands of a call under the names that kernels give them."""
-        found = {}
-        for decl in self.program.tensors:
-            tensor = operands[decl.name]
-            found[pointer_name(decl.name)] = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        found = self._raw(operands)
         if self.gathers:
             found |= {pointer_name(read.tensor): view.tensor for read, view in self._views(operands).items()}
         else:
             found |= {pointer_name(read.tensor): vectors.show(operands[read.tensor]) for read, vectors in self._vectors.items()}
+        return found
+
+    def _raw(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for decl in self.program.tensors:
+            tensor = operands[decl.name]
+            found[pointer_name(decl.name)] = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
         return found
 
     def views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
@@ -219,10 +234,56 @@ class Prepared:
         return Launch(getattr(module, name), (tiles, rows), fixed, tensors, schedule, emission)
 
     def _plan(self, name: str, schedule: KernelSchedule, operands: Mapping[str, Tensor]) -> tuple[Constants, int]:
+        """The tiles that a kernel visits, and the number of rows of tiles."""
+        transposed = name == "attention_backward_keys"
+        if self._plans_on_device:
+            return self._planned_by_kernel(name, schedule, transposed, operands)
         plan = build_plan(self.program, operands, self.sizes, schedule.block_m, schedule.block_n)
-        plan = plan.transposed() if name == "attention_backward_keys" else plan
+        plan = plan.transposed() if transposed else plan
         found = {**_ranges("Full", plan.full), **_ranges("Partial", plan.partial), "Order": _order(plan)}
         return found, plan.q_tiles
+
+    def _planned_by_kernel(
+        self, name: str, schedule: KernelSchedule, transposed: bool, operands: Mapping[str, Tensor]
+    ) -> tuple[Constants, int]:
+        b, h, m, n = (self.extents[axis.name] for axis in AXES)
+        axes = axes_of(self.program.keep.predicate)
+        shared = (b if "b" in axes else 1) * (h if "h" in axes else 1)
+        sides = (m, schedule.block_m), (n, schedule.block_n)
+        (length, block), (columns, column_block) = reversed(sides) if transposed else sides
+        rows, tiles = -(-length // block), -(-columns // column_block)
+        room, width = (tiles + 1) // 2, 1 << (tiles - 1).bit_length()
+        counts, begins = shared * rows, shared * rows * room
+        memory = torch.empty(2 * counts + 4 * begins, dtype=torch.int32, device=self.device)
+        pieces = memory.split([counts, counts, begins, begins, begins, begins])
+        names = ("FullCount", "PartialCount", "FullBegin", "FullEnd", "PartialBegin", "PartialEnd")
+        outputs = dict(zip(names, pieces, strict=True))
+        tensors = {**self._raw(operands), **outputs, "Coverage": torch.empty(counts * width, dtype=torch.int8, device=self.device)}
+        launch = self._launches.get(("plan", name))
+        if launch is None:
+            source, _ = emit_plan(self.program, "kv_idx" if transposed else "q_idx")
+            kernel = getattr(load_module(source), "plan_columns" if transposed else "plan_rows")
+            sizes = {
+                "PLAN_H": h if "h" in axes else 1,
+                "RANGES": room,
+                "ROW_BLOCK": block,
+                "COLUMN_BLOCK": column_block,
+                "TILES": width,
+            }
+            launch = Launch(
+                kernel, (rows, shared), {**self.constants, **sizes}, tensors, KernelSchedule(block, column_block, 4, 1), None
+            )
+            self._launches[("plan", name)] = launch
+            self._orders[name] = self._static_order(schedule, transposed, operands)
+        launch(tensors)
+        return {**outputs, "Full_ranges": room, "Partial_ranges": room, "Order": self._orders[name]}, rows
+
+    def _static_order(self, schedule: KernelSchedule, transposed: bool, operands: Mapping[str, Tensor]) -> Tensor:
+        """The order by the parts of the mask that read no tensor: what is known before the call."""
+        fixed = conj(*(part for part in conjuncts(self.program.keep.predicate) if not reads_of(part)))
+        program = replace(self.program, keep=Keep(fixed, Empty.NAN))
+        plan = build_plan(program, operands, self.sizes, schedule.block_m, schedule.block_n)
+        return _order(plan.transposed() if transposed else plan)
 
 
 def _ranges(name: str, ranges: TileRanges) -> dict[str, Any]:

@@ -1,0 +1,25 @@
+"""Filling templates: the one way in which generated source is put together."""
+
+from __future__ import annotations
+
+import textwrap
+
+
+def indent(text: str, depth: int) -> str:
+    return textwrap.indent(text, "    " * depth)
+
+
+def fill(template: str, **holes: str) -> str:
+    """A template with its holes filled; a hole on a line of its own that has nothing to say takes the line with it."""
+    lines = []
+    for line in template.splitlines():
+        stripped = line.strip()
+        hole = stripped[1:-1] if stripped.startswith("{") and stripped.endswith("}") and stripped[1:-1] in holes else None
+        if hole is not None:
+            if holes[hole]:
+                lines.append(indent(holes[hole].strip("\n"), (len(line) - len(line.lstrip())) // 4))
+            continue
+        for name, value in holes.items():
+            line = line.replace("{" + name + "}", value)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
