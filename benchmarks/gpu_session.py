@@ -121,9 +121,10 @@ def check(part: int, parts: int) -> int:
         CHECKS, ("bf16", "f32"), ((257, 300, 64, 64), (33, 70, 80, 48), (1, 129, 128, 128))
     ):
         dot = "dot(q[b, h, q_idx], k[b, h // 2, kv_idx])"
+        extra = reads.format(m=m, n=n, both=m + n)
         text = f"""attention
           axes    b=2, h=4, q_idx={m}, kv_idx={n}
-          read    q: {dtype}[2, 4, {m}, {d}], k: {dtype}[2, 2, {n}, {d}], v: {dtype}[2, 2, {n}, {dv}]{reads.format(m=m, n=n, both=m + n)}
+          read    q: {dtype}[2, 4, {m}, {d}], k: {dtype}[2, 2, {n}, {d}], v: {dtype}[2, 2, {n}, {dv}]{extra}
           score   {score.format(dot=dot, n=n)}
           {f"keep    {keep}" if keep else ""}
           weigh   {weigh}

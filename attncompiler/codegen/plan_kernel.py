@@ -203,7 +203,9 @@ def emit_plan(program: Attention, row: str) -> tuple[str, list[str]]:
     Raises: UnsupportedProgram for a predicate that no rule here bounds."""
     column = "kv_idx" if row == "q_idx" else "q_idx"
     helpers: set[str] = set()
-    row_names, column_names = (_FlatNames(program, {}, bounds=frozenset(), helpers=helpers) for _ in range(2))
+    row_names, column_names = (
+        _FlatNames(program, {}, bounds=frozenset(), helpers=helpers, prefix=prefix) for prefix in ("row_", "column_")
+    )
     writer = _Writer(program, row, column, row_names, column_names)
     predicate = program.keep.predicate
     whole = writer.bounds(predicate)

@@ -33,6 +33,7 @@ class Names:
     loaded: dict[Expr, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)
+    prefix: str = ""  # of the variables that hold reads
 
     def along(self, axis: str) -> str:
         """The subscript that lays a vector of this axis across a tile of scores."""
@@ -114,8 +115,9 @@ def _power(expr: Apply, args: list[str]) -> str:
 def _read(read: Read, names: Names) -> str:
     """The variable that holds a read, loading it first where it is not there yet."""
     if read not in names.loaded:
-        count = sum(name.startswith(read.tensor) for name in names.loaded.values())
-        name = f"{read.tensor}_value" if not count else f"{read.tensor}_value{count + 1}"
+        stem = f"{names.prefix}{read.tensor}_value"
+        count = sum(name.startswith(stem) for name in names.loaded.values())
+        name = stem if not count else f"{stem}{count + 1}"
         pointer, mask = element_address(read, names)
         kind = names.program.decls[read.tensor].dtype.kind
         convert = ".to(tl.float32)" if kind is Kind.FLOAT else " != 0" if kind is Kind.BOOL else ""

@@ -26,6 +26,12 @@ def is_view(node: Node) -> bool:
     return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
+def inherit_line(new: Node, old: Node) -> None:
+    """Give a new node the user's line of the one that it stands for; code without a file, as at a prompt, has none."""
+    if old.meta.get("stack_trace"):
+        new.meta["stack_trace"] = old.meta["stack_trace"]
+
+
 def memory_root(node: Node) -> Node:
     """The tensor whose memory `node` may show."""
     while node.op == "call_function" and is_view(node) and node.args and isinstance(node.args[0], Node):
@@ -84,7 +90,8 @@ def _rewrite(graph: Graph, write: Node) -> None:
         written = value
         for view in chain:
             value = graph.call_function(_SCATTERS[view.target], (view.args[0], value, *view.args[1:]))
-            value.meta.update(val=view.args[0].meta["val"], stack_trace=write.meta.get("stack_trace"))  # type: ignore[union-attr]
+            value.meta["val"] = view.args[0].meta["val"]  # type: ignore[union-attr]
+            inherit_line(value, write)
     for user in [user for user in root.users if write < user]:
         user.replace_input_with(root, value)
     write.replace_all_uses_with(written)
@@ -115,7 +122,8 @@ def _new_value(graph: Graph, write: Node, changed: Node) -> Node | None:
         if functional is None:
             return None
         value = graph.call_function(functional, write.args, write.kwargs)
-    value.meta.update(val=changed.meta["val"], stack_trace=write.meta.get("stack_trace"))
+    value.meta["val"] = changed.meta["val"]
+    inherit_line(value, write)
     return value
 
 

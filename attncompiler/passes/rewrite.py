@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from attncompiler.errors import Unrecognised
 from attncompiler.ir.text import to_text
 from attncompiler.passes.elementwise import base_name
-from attncompiler.passes.memory import memory_root, writes
+from attncompiler.passes.memory import inherit_line, memory_root, writes
 from attncompiler.passes.reader import PERMUTES, Operand
 from attncompiler.passes.site import Site
 
@@ -100,7 +100,7 @@ def _replace(graph: Graph, site: Site) -> None:
         if not all(base_name(user.target) in PERMUTES for user in node.users):
             o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
     for new in (result, o):
-        new.meta["stack_trace"] = node.meta.get("stack_trace")
+        inherit_line(new, node)
     o.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(o)
     graph.erase_node(node)
