@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attncompiler.codegen.emit import Layout
 from attncompiler.ir import Attention, interpret, parse, verify
-from attncompiler.ir.text import to_text
+from attncompiler.ir.text import to_line
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
 from attncompiler.runtime import prepared, triton_launch
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
@@ -342,7 +342,7 @@ def host_time() -> list[str]:
     call = prepared.prepare(case.ours, made, {})
     launch = call._launches[("attention_forward", Layout(call.groups, frozenset()))]
     tensors = {**call.pointers(made), "O": o, "Lse": lse, "Rcp": rcp}
-    text = to_text(case.ours)
+    text = to_line(case.ours)
     runs = {
         "bare launch": launch.frozen(tensors),
         "forward": lambda: triton_launch.forward(case.ours, made, {}),

@@ -115,12 +115,15 @@ class _Run:
         return Block(self.operands, self.sizes, self.extents, positions, self.dtype)
 
     def queries(self, view: VectorView, tile: _Tile) -> Tensor:
-        """[b, h, q, D] of a tile in the working precision."""
-        return _part(view, tile)[:, :, tile.q0 : tile.q1].to(self.dtype)
+        """[b, h, q, D] of a tile in the working precision; q is 1 where all queries share the vector."""
+        part = _part(view, tile)
+        return (part[:, :, tile.q0 : tile.q1] if part.shape[2] == self.extents["q_idx"] else part).to(self.dtype)
 
     def keys(self, view: VectorView, tile: _Tile) -> Tensor:
-        """[b, h or its groups, keys, D] of a tile in the working precision."""
+        """[b, h or its groups, keys, D] of a tile in the working precision; keys is 1 where all keys share the vector."""
         part = _part(view, tile)
+        if part.shape[2] != self.extents["kv_idx"]:
+            return part.to(self.dtype)
         pieces = [part[:, :, start:stop] for start, stop in tile.ranges]
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else part[:, :, :0]
         return joined.to(self.dtype)
@@ -372,10 +375,17 @@ def _accumulate(changes: dict[Dot | Read, Tensor], slopes: Mapping[Dot | Read, E
 
 def _add_dot(run: _Run, tile: _Tile, dot: Dot, grad: Tensor, vectors: Mapping[Read, VectorGradient]) -> None:
     left, right = vectors.get(dot.left), vectors.get(dot.right)
+    queries, keys = run.queries(run.left[dot], tile), run.keys(run.right[dot], tile)
+    rows: tuple[tuple[int, int], ...] = ((tile.q0, tile.q1),)
+    columns = tile.ranges
+    if keys.shape[2] == 1 and grad.shape[3] != 1:  # one vector for all keys
+        grad, columns = grad.sum(3, keepdim=True), ((0, 1),)
+    if queries.shape[2] == 1 and grad.shape[2] != 1:
+        grad, rows = grad.sum(2, keepdim=True), ((0, 1),)
     if left is not None:
-        left.add(_weighted(grad, run.keys(run.right[dot], tile), run.right[dot].group), *_where(tile), ((tile.q0, tile.q1),))
+        left.add(_weighted(grad, keys, run.right[dot].group), *_where(tile), rows)
     if right is not None:
-        right.add(_weighted_keys(grad, run.queries(run.left[dot], tile), right.view.group), *_where(tile), tile.ranges)
+        right.add(_weighted_keys(grad, queries, right.view.group), *_where(tile), columns)
 
 
 def _element_reads(program: Attention) -> list[Read]:

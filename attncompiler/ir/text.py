@@ -163,10 +163,15 @@ def _build(node: ast.expr) -> Expr:
     raise ParseError(f"not in the language: {ast.unparse(node)!r}", do="see docs/language.md for the operators")
 
 
+def to_line(program: Attention) -> str:
+    """The program on one line, as an operator's argument: compilers print arguments into comments."""
+    return to_text(program).replace("\n", "\\n")
+
+
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Attention:
-    """The program that `to_text` printed. Raises: ParseError naming the clause."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    """The program that `to_text` or `to_line` printed. Raises: ParseError naming the clause."""
+    lines = [line for line in text.replace("\\n", "\n").splitlines() if line.strip()]
     if not lines or lines[0].split("#")[0].strip() != "attention":
         raise ParseError("a program begins with the line 'attention'")
     origin = Origin(lines[0].partition("#")[2].strip())

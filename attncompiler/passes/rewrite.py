@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attncompiler.errors import Unrecognised
-from attncompiler.ir.text import to_text
+from attncompiler.ir.text import to_line
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import inherit_line, memory_root, writes
 from attncompiler.passes.reader import PERMUTES, Operand
@@ -89,7 +89,7 @@ def _replace(graph: Graph, site: Site) -> None:
     with graph.inserting_before(node):
         operands = [_operand(graph, operand) for operand in site.operands]
         sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
-        result = graph.call_function(torch.ops.attncompiler.attention.default, (operands, sizes, to_text(site.program)))
+        result = graph.call_function(torch.ops.attncompiler.attention.default, (operands, sizes, to_line(site.program)))
         o = graph.call_function(operator.getitem, (result, 0))
         split = [_extent(graph, node, extent) for extent in site.split]
         o = graph.call_function(aten.reshape.default, (o, split))

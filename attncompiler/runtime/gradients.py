@@ -29,7 +29,7 @@ class Gradients:
         self._elements: list[tuple[Read, Tensor]] = []
         for (read, view), group in zip(self.views.items(), call.groups, strict=True):
             if read.tensor in wanted:
-                place = self._vector(read, view, (b, h // group))
+                place = self._vector(read, view, (b, h // group, call.length(read)))
                 self.tensors[f"Grad_{read.tensor}"] = place
                 names = [f"stride_grad_{read.tensor}_{a}" for a in ("b", "h", "row", "channel")]
                 self.strides |= dict(zip(names, place.stride(), strict=True))
@@ -41,14 +41,14 @@ class Gradients:
             self.tensors[f"Grad_{tag}"] = torch.zeros(shape, dtype=torch.float32, device=call.device)
             self._elements.append((read, self.tensors[f"Grad_{tag}"]))
 
-    def _vector(self, read: Read, view: VectorView, heads: tuple[int, int]) -> Tensor:
+    def _vector(self, read: Read, view: VectorView, shape: tuple[int, int, int]) -> Tensor:
         """The operand's own gradient where the kernel's [b, h / group, row, channel] is a view of it; else a buffer to add up."""
         operand = self.operands[read.tensor]
-        if not view.gathered and tuple(view.tensor.shape[:2]) == heads and view.tensor.numel() == operand.numel():
+        if not view.gathered and tuple(view.tensor.shape[:3]) == shape and view.tensor.numel() == operand.numel():
             whole = torch.empty(operand.shape, dtype=operand.dtype, device=operand.device)
             self._direct[read.tensor] = whole
             return view_vectors(read, whole, row_axis(self.program, read), self.block).tensor
-        buffer = torch.empty((*heads, *view.tensor.shape[2:]), dtype=torch.float32, device=operand.device)
+        buffer = torch.empty((*shape, view.tensor.shape[3]), dtype=torch.float32, device=operand.device)
         self._scattered.append((read, buffer))
         return buffer
 
@@ -63,6 +63,8 @@ class Gradients:
         for read, buffer in self._scattered:
             axis = row_axis(self.program, read)
             target = vector_gradient(read, self.views[read], totals[read.tensor], axis, self.block)
+            if self.views[read].tensor.shape[2] == 1:
+                buffer = buffer.sum(2, keepdim=True)
             shared = self.views[read].tensor.shape[1] == 1 and buffer.shape[1] > 1
             target.add(buffer.sum(1, keepdim=True) if shared else buffer, (0, b), (0, h), ((0, buffer.shape[2]),))
             target.scatter(self.block)

@@ -144,9 +144,10 @@ class Prepared:
             )
             for read, view in views.items()
         }
-        tensors = [view.tensor for view in views.values()]
         target = target_of(self.device)
-        descriptors = target.descriptors and all(describable(tensor) for tensor in tensors)
+        descriptors = target.descriptors and all(
+            describable(view.tensor) and view.tensor.shape[2] == self.length(read) for read, view in views.items()
+        )
         self.schedule = choose_schedule(program, target, descriptors, few_queries=self.extents["q_idx"] <= 16)
         heads = self.extents["h"]
         self.groups = tuple(view.group if view.tensor.shape[1] > 1 or heads == 1 else heads for view in views.values())
@@ -155,6 +156,10 @@ class Prepared:
         tiles = -(-max(self.extents["q_idx"], self.extents["kv_idx"]) // 16)
         self._plans_on_device = tiles <= MOST_TILES and has_plan_kernel(program)
         self._orders: dict[str, Tensor] = {}
+
+    def length(self, read: Read) -> int:
+        """How many positions the vectors of a read go along; a view of length 1 shows one vector for all of them."""
+        return self.extents[row_axis(self.program, read).name]
 
     def _views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
         block = self.block(operands)

@@ -41,10 +41,11 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     """A good schedule without measuring, from head size, element width and target. Source: docs/performance.md."""
     d = head_size(program)
     wide = program.value.dtype in (Dtype.F32, Dtype.F64)
-    kernels = _float32(d) if wide else _few_queries(d) if few_queries else _half(d)
+    kernels = _few_queries(d) if few_queries else _float32(d) if wide else _half(d)
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
-    return Schedule(forward, queries, keys, descriptors and target.descriptors and not wide, target.float32)
+    float32 = "ieee" if few_queries else target.float32  # a row of products gains nothing from tensor cores
+    return Schedule(forward, queries, keys, descriptors and target.descriptors and not wide, float32)
 
 
 def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
@@ -59,7 +60,7 @@ def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
 
 
 def _few_queries(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
-    small = KernelSchedule(16, 64 if d <= 128 else 32, 4, 2)
+    small = KernelSchedule(16, 64 if d <= 64 else 32 if d <= 256 else 16, 4, 2)
     return small, small, small
 
 
