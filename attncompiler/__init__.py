@@ -1,5 +1,7 @@
 """attncompiler: write attention as plain PyTorch; get one specialised kernel."""
 
+from importlib.metadata import entry_points
+
 from torch._dynamo import register_backend
 
 from attncompiler.backend import attncompiler as _backend
@@ -9,4 +11,5 @@ from attncompiler.explanation import Explanation, Missed, Region
 __version__ = "0.1.0"
 __all__ = ["Explanation", "Missed", "Region", "__version__", "explain"]
 
-register_backend(_backend, name="attncompiler")  # the entry point does this for installed copies; an import does it for any
+if not entry_points(group="torch_dynamo_backends", name="attncompiler"):
+    register_backend(_backend, name="attncompiler")  # imported from a checkout: Dynamo finds installed copies by their entry point

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attncompiler.codegen.text import fill
+from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import HELPERS, Names, number, pointer_name, size_names, triton
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.derivative import derivative
@@ -233,7 +233,7 @@ def _forward(e: Emission) -> str:
         )
     return fill(
         softmax_forward.KERNEL,
-        parameters=", ".join(_parameters(e, "forward")),
+        parameters=signature(_parameters(e, "forward")),
         load_queries="\n".join(filter(None, [queries, before])),
         loops=loops,
         extra_scores="\n".join(extra),
@@ -336,7 +336,7 @@ def _queries(e: Emission) -> str:
     store += [f"tl.store(Grad_{_tag(e, r)} + rows, d_{_tag(e, r)}, mask=q_idx < M)" for r in rows]
     return fill(
         softmax_backward.QUERIES,
-        parameters=", ".join(_parameters(e, "queries")),
+        parameters=signature(_parameters(e, "queries")),
         load_queries="\n".join(filter(None, [queries, before])),
         load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
         load_rcp=_load_rcp(e),
@@ -406,7 +406,7 @@ def _keys(e: Emission) -> str:
     ]
     return fill(
         softmax_backward.KEYS,
-        parameters=", ".join(_parameters(e, "keys")),
+        parameters=signature(_parameters(e, "keys")),
         load_keys=keys,
         load_values=e.load_all([value], "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True),
         accumulators="\n".join(dict.fromkeys(accumulators)),
@@ -511,7 +511,7 @@ def _delta(e: Emission) -> str:
         )
     return fill(
         softmax_backward.DELTA,
-        parameters=", ".join(_parameters(e, "delta")),
+        parameters=signature(_parameters(e, "delta")),
         subtract_grad_lse=subtract,
         lse=e.base2("tl.load(Lse + at, mask=rows < M, other=0.0)"),
         guard_empty=empty,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from attncompiler.codegen.text import fill
+from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import HELPERS, Names, number, pointer_name, size_names, triton
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import Apply, Axis, Const, Expr, Kind, Size, axes_of, reads_of
@@ -223,7 +223,7 @@ def emit_plan(program: Attention, row: str) -> tuple[str, list[str]]:
     text = fill(
         plan.KERNEL,
         name="plan_rows" if row == "q_idx" else "plan_columns",
-        parameters=", ".join(plan_parameters(program, exprs)),
+        parameters=signature(plan_parameters(program, exprs)),
         row_axis=row,
         row_size=_SIZES[row],
         column_axis=column,

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 
 def indent(text: str, depth: int) -> str:
     return textwrap.indent(text, "    " * depth)
+
+
+def signature(names: Sequence[str]) -> str:
+    """Parameters, wrapped as a person would."""
+    text = ", ".join(names)
+    return text if len(text) < 90 else "\n" + textwrap.fill(text, 124, initial_indent="    ", subsequent_indent="    ") + "\n"
 
 
 def fill(template: str, **holes: str) -> str:

@@ -415,6 +415,8 @@ def _logic(op: str, args: tuple[Expr, ...]) -> Expr:
             return inner.args[0]
         if isinstance(inner, Apply) and inner.op in _NEGATED and all(surely_int(arg) for arg in inner.args):
             return apply(_NEGATED[inner.op], *inner.args)
+        if isinstance(inner, Apply) and inner.op in ("and", "or"):  # so that what must hold stands as separate parts
+            return apply("or" if inner.op == "and" else "and", *(apply("not", arg) for arg in inner.args))
         return Apply(op, args)
     if op == "where":
         condition, yes, no = args

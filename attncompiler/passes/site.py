@@ -87,7 +87,7 @@ def _rewrite(program: Attention, change: Mapping[Expr, Expr]) -> Attention:
 
 
 def name_batch_axes(program: Attention, batch: list[tuple[Expr, Extent]]) -> Attention:
-    """The batch axes of the product become b and h: the last one is h, all others b; a lone one is split as its uses are."""
+    """The batch axes of the product become b and h: the last is h, the others b; a lone one is split if all its uses do."""
     live = [(axis, extent) for axis, extent in batch if isinstance(axis, Axis)]
     if len(live) == 1:
         axis, extent = live[0]
@@ -95,7 +95,7 @@ def name_batch_axes(program: Attention, batch: list[tuple[Expr, Extent]]) -> Att
         if divisor is not None:
             program = _rewrite(program, {floordiv(axis, divisor): B, mod(axis, divisor): H})
             return replace(program, axes=replace(program.axes, b=floordiv(size_expr(extent), divisor), h=divisor))
-        return replace(_rewrite(program, {axis: B}), axes=replace(program.axes, b=size_expr(extent)))
+        return replace(_rewrite(program, {axis: H}), axes=replace(program.axes, h=size_expr(extent)))
     if not live:
         return program
     grouped = _group_size(program, [axis for axis, _ in live])
