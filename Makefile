@@ -24,7 +24,8 @@ lint: setup  ## format check, linter and strict types
 	$(BIN)/mypy
 
 test: lint  ## lint, then all tests that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreted
 
 demo: setup  ## train a small GPT with attncompiler, eager and Inductor side by side (under 5 minutes on a CPU)
 	$(BIN)/python examples/train_gpt.py

@@ -59,10 +59,7 @@ class Emission:
         groups = dict(zip(reads, layout.groups, strict=True))
         self.vectors = {read: Vector(read.tensor, read, groups[read], size) for read, size in zip(reads, sizes, strict=True)}
         self.value = self.vectors[program.sum]
-        shared = {groups[dot.right] for dot in self.dots} | {self.value.group}
-        self.group = max(shared)
-        if len(shared) > 1:
-            raise UnsupportedProgram("keys and values are shared by different numbers of heads", do="repeat the smaller one")
+        self.group = shared_heads(program, layout.groups)
         self.helpers: set[str] = set()
         self.precision = f', input_precision="{schedule.float32}"' if self._is(Dtype.F32) else ""
         self.kept_score = score_where_kept(program)
@@ -193,6 +190,13 @@ def vector_reads(program: Attention) -> tuple[Read, ...]:
     """Every vector read once: the sides of the products, then the value."""
     reads = [read for dot in program_dots(program) for read in (dot.left, dot.right)]
     return tuple(dict.fromkeys([*reads, program.sum]))
+
+
+def shared_heads(program: Attention, groups: tuple[int, ...]) -> int:
+    """How many heads one program of the key side serves: those that share keys and values; 1 where these are shared differently."""
+    of = dict(zip(vector_reads(program), groups, strict=True))
+    shared = {of[dot.right] for dot in program_dots(program)} | {of[program.sum]}
+    return next(iter(shared)) if len(shared) == 1 else 1
 
 
 def _literal(program: Attention, read: Read) -> int:
@@ -357,6 +361,8 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
     for dot in lefts:
         text, factor = _gradient_text(e, names, dot, masked)
         left, right = e.vectors[dot.left].name, e.vectors[dot.right].name
+        if sum(other.left == dot.left for other in e.dots) > 1:  # each product has a factor of its own
+            text, factor = _scaled(text, factor), 1.0
         factors[left] = factor
         lines.append(f"d{left} = tl.dot(({text}).to({right}.dtype), {right}, d{left}{e.precision})")
     for read in rows:
@@ -438,6 +444,8 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     for dot in rights:
         text, factor = _gradient_text(e, names, dot, masked)
         left, right = e.vectors[dot.left].name, e.vectors[dot.right].name
+        if sum(other.right == dot.right for other in e.dots) > 1:
+            text, factor = _scaled(text, factor), 1.0
         factors[right] = factor
         lines.append(f"d{right} = tl.dot(({text}).to({left}.dtype), {left}, d{right}{e.precision})")
     for read in columns:
@@ -488,7 +496,7 @@ def _load_rcp(e: Emission) -> str:
 
 def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dict[str, float]) -> str:
     name = vector.name
-    head = "h" if vector.group == 1 and size == "M" else "kv_head"
+    head = "h" if size == "M" else "kv_head"
     value = _scaled(f"d{name}", factors.get(name, 1.0))
     return (
         f"{name}_channels = tl.arange(0, {vector.block})\n"

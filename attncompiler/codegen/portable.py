@@ -188,8 +188,8 @@ def _product(left: Tensor, right: Tensor, group: int) -> Tensor:
     if group == 1 or right.shape[1] == left.shape[1]:
         return torch.matmul(left, right.transpose(2, 3))
     b, h, m, d = left.shape
-    folded = left.reshape(b, right.shape[1], -1, d)
-    return torch.matmul(folded, right.transpose(2, 3)).reshape(b, h, m, -1)
+    shared = right.shape[1]
+    return torch.matmul(left.reshape(b, shared, h // shared * m, d), right.transpose(2, 3)).reshape(b, h, m, right.shape[2])
 
 
 def _weighted(weights: Tensor, value: Tensor, group: int) -> Tensor:
@@ -197,7 +197,8 @@ def _weighted(weights: Tensor, value: Tensor, group: int) -> Tensor:
     if group == 1 or value.shape[1] == weights.shape[1]:
         return torch.matmul(weights, value)
     b, h, m, n = weights.shape
-    return torch.matmul(weights.reshape(b, value.shape[1], -1, n), value).reshape(b, h, m, -1)
+    shared = value.shape[1]
+    return torch.matmul(weights.reshape(b, shared, h // shared * m, n), value).reshape(b, h, m, value.shape[3])
 
 
 def _weighted_keys(weights: Tensor, rows: Tensor, group: int) -> Tensor:
@@ -205,7 +206,8 @@ def _weighted_keys(weights: Tensor, rows: Tensor, group: int) -> Tensor:
     if group == 1:
         return torch.matmul(weights.transpose(2, 3), rows)
     b, h, m, n = weights.shape
-    return torch.matmul(weights.reshape(b, h // group, -1, n).transpose(2, 3), rows.reshape(b, h // group, group * m, -1))
+    folded = weights.reshape(b, h // group, group * m, n)
+    return torch.matmul(folded.transpose(2, 3), rows.reshape(b, h // group, group * m, rows.shape[3]))
 
 
 # ----------------------------------------------------------------------------------------------------------- forward

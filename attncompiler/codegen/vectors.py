@@ -141,7 +141,8 @@ def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
         isinstance(entry, Axis) for entry in read.index
     )
     if not plain:
-        index = [block.tensor(entry) for entry in read.index]
+        # a branch of `where` that is not taken may read outside; its gradient is 0
+        index = [block.tensor(entry).clamp(0, extent - 1) for entry, extent in zip(read.index, into.shape, strict=True)]
         shape = torch.broadcast_shapes(*(tuple(i.shape) for i in index), (1, 1, 1, 1))
         summed = grad.sum_to_size(shape)
         into.index_put_(tuple(i.expand(shape) for i in index), summed.to(into.dtype), accumulate=True)

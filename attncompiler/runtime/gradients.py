@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emit import element_gradients, side_of
+from attncompiler.codegen.emit import element_gradients, shared_heads, side_of
 from attncompiler.codegen.vectors import VectorView, add_elements, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
-from attncompiler.ir.expr import Const, Read, reads_of
+from attncompiler.ir.expr import Q_IDX, Const, Read, reads_of
 from attncompiler.runtime.prepared import Prepared, row_axis
 
 
@@ -27,9 +27,11 @@ class Gradients:
         self._direct: dict[str, Tensor] = {}
         self._scattered: list[tuple[Read, Tensor]] = []
         self._elements: list[tuple[Read, Tensor]] = []
-        for (read, view), group in zip(self.views.items(), call.groups, strict=True):
+        group = shared_heads(self.program, call.groups)
+        for read, view in self.views.items():
             if read.tensor in wanted:
-                place = self._vector(read, view, (b, h // group, call.length(read)))
+                heads = h if row_axis(self.program, read) == Q_IDX else h // group
+                place = self._vector(read, view, (b, heads, call.length(read)))
                 self.tensors[f"Grad_{read.tensor}"] = place
                 names = [f"stride_grad_{read.tensor}_{a}" for a in ("b", "h", "row", "channel")]
                 self.strides |= dict(zip(names, place.stride(), strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attncompiler.codegen.emit import Emission, Layout, emit, program_dots, vector_reads
+from attncompiler.codegen.emit import Emission, Layout, emit, program_dots, shared_heads, vector_reads
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
 from attncompiler.codegen.triton_expr import pointer_name
@@ -234,7 +234,7 @@ class Prepared:
                 getattr(module, name), (-(-m // schedule.block_m), b * h), {**self.constants, **constants}, tensors, schedule, None
             )
         plan, tiles = self._plan(name, schedule, operands)
-        rows = b * (h // max(self.groups)) if name == "attention_backward_keys" else b * h
+        rows = b * (h // shared_heads(self.program, self.groups)) if name == "attention_backward_keys" else b * h
         fixed = {**self.constants, **constants, **{k: v for k, v in plan.items() if self.static or not isinstance(v, Tensor)}}
         return Launch(getattr(module, name), (tiles, rows), fixed, tensors, schedule, emission)
 
