@@ -1,0 +1,76 @@
+"""The smart constructors change no value: all small integers, negatives too."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from attncompiler.ir.expr import KV_IDX, PYTHON, Q_IDX, Apply, Axis, Const, Expr, apply, conj, conjuncts, substitute
+
+INTEGER = ("add", "sub", "mul", "floordiv", "mod", "minimum", "maximum")
+COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+VALUES = range(-4, 9)
+
+
+def value(expr: Expr, q: int, kv: int) -> bool | int | float:
+    """By Python's own operators, without the constructors."""
+    if isinstance(expr, Const):
+        return expr.value
+    if isinstance(expr, Axis):
+        return q if expr == Q_IDX else kv
+    assert isinstance(expr, Apply)
+    return PYTHON[expr.op](*(value(arg, q, kv) for arg in expr.args))
+
+
+def raw(r: random.Random, depth: int, boolean: bool) -> Expr:
+    """A random tree that no constructor has touched."""
+    if boolean and depth > 0:
+        op = r.choice([*COMPARE, "and", "or", "not", "xor"])
+        if op in COMPARE:
+            return Apply(op, (raw(r, depth - 1, False), raw(r, depth - 1, False)))
+        return Apply(op, tuple(raw(r, depth - 1, True) for _ in range(1 if op == "not" else 2)))
+    if boolean:
+        return Const(r.random() < 0.5)
+    if depth == 0:
+        return r.choice([Q_IDX, KV_IDX, Const(r.randint(-3, 5))])
+    op = r.choice([*INTEGER, "neg", "where"])
+    if op == "where":
+        return Apply(op, (raw(r, depth - 1, True), raw(r, depth - 1, False), raw(r, depth - 1, False)))
+    if op in ("floordiv", "mod"):
+        return Apply(op, (raw(r, depth - 1, False), Const(r.randint(1, 5))))
+    return Apply(op, tuple(raw(r, depth - 1, False) for _ in range(1 if op == "neg" else 2)))
+
+
+def built(expr: Expr) -> Expr:
+    return apply(expr.op, *(built(arg) for arg in expr.args)) if isinstance(expr, Apply) else expr
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_simplifying_keeps_the_value(seed: int) -> None:
+    r = random.Random(seed)
+    expr = raw(r, r.randint(1, 4), r.random() < 0.5)
+    simple = built(expr)
+    for q, kv in itertools.product(VALUES, VALUES):
+        assert value(simple, q, kv) == value(expr, q, kv), (expr, simple, q, kv)
+
+
+def test_equal_index_arithmetic_has_equal_trees() -> None:
+    left = apply("sub", apply("add", Q_IDX, Const(3)), apply("add", KV_IDX, Const(3)))
+    assert left == apply("sub", Q_IDX, KV_IDX)
+    back = apply("add", apply("mul", apply("floordiv", Q_IDX, Const(4)), Const(4)), apply("mod", Q_IDX, Const(4)))
+    assert back == Q_IDX
+
+
+def test_a_negated_mask_falls_apart_into_what_must_hold() -> None:
+    hidden = apply("or", apply("gt", KV_IDX, Q_IDX), apply("ge", apply("sub", Q_IDX, KV_IDX), Const(7)))
+    kept = apply("not", hidden)
+    assert set(conjuncts(kept)) == {apply("le", KV_IDX, Q_IDX), apply("lt", apply("sub", Q_IDX, KV_IDX), Const(7))}
+    assert conjuncts(conj()) == ()
+
+
+def test_floating_point_is_kept_as_written() -> None:
+    total = apply("add", apply("add", Const(0.1), Apply("to_float", (Q_IDX,))), Const(0.2))
+    assert isinstance(total, Apply) and total.args[1] == Const(0.2)
+    assert substitute(total, {Q_IDX: Const(1)}) == Const(0.1 + 1.0 + 0.2)

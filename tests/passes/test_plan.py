@@ -1,0 +1,174 @@
+"""A plan never drops a kept pair and never calls a tile full that has a hole: random predicates, by brute force."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler.errors import InvalidProgram
+from attncompiler.ir import Attention, parse, verify
+from attncompiler.ir.evaluate import whole
+from attncompiler.ir.program import Empty
+from attncompiler.passes.plan import Coverage, build_plan
+from attncompiler.runtime.prepared import Prepared
+
+READS = {"doc": "i32[{both}]", "lens": "i64[2]", "pad": "bool[2, {n}]", "x": "f32[{both}]", "table": "bool[2, 4, {m}, {n}]"}
+
+
+def term(r: random.Random, reads: bool) -> str:
+    """A random condition on a pair."""
+    integer = [
+        "q_idx",
+        "kv_idx",
+        "q_idx - kv_idx",
+        "q_idx // 3",
+        "kv_idx % 5",
+        "(q_idx + kv_idx) // 4",
+        "h * 3",
+        "b",
+        "abs(q_idx - kv_idx)",
+    ]
+    integer += ["doc[q_idx]", "doc[kv_idx]", "lens[b]"] if reads else []
+    left, right = r.choice(integer), r.choice([*integer, str(r.randint(-3, 20))])
+    choices = [f"({left} {r.choice(['<', '<=', '>', '>=', '==', '!='])} {right})"]
+    if reads:
+        choices += ["pad[b, kv_idx]", "(x[q_idx] > x[kv_idx])", "(x[kv_idx] > 0.3)", "table[b, h, q_idx, kv_idx]"]
+    return r.choice(choices)
+
+
+def predicate(r: random.Random, reads: bool) -> str:
+    text = term(r, reads)
+    for _ in range(r.randint(0, 3)):
+        text = f"({text} {r.choice('&|')} {r.choice(['', '~'])}{term(r, reads)})"
+    return f"where({term(r, reads)}, {text}, {term(r, reads)})" if r.random() < 0.2 else text
+
+
+def masked(r: random.Random, reads: bool, m: int, n: int) -> tuple[Attention, dict[str, Tensor]]:
+    """A program under a random mask, and operands with NaN among them."""
+    empty = r.choice(["nan", "zero", "score"])
+    sizes = {"m": m, "n": n, "both": m + n}
+    keep = predicate(r, reads)
+    used = "".join(f", {name}: {shape.format(**sizes)}" for name, shape in READS.items() if f"{name}[" in keep)
+    text = f"""attention
+      axes b=2, h=4, q_idx={m}, kv_idx={n}
+      read q: f32[2, 4, {m}, 16], k: f32[2, 4, {n}, 16], v: f32[2, 4, {n}, 16]{used}
+      score dot(q[b, h, q_idx], k[b, h, kv_idx])
+      keep {keep} else {empty}
+      weigh softmax
+      sum v[b, h, kv_idx]
+    """
+    g = torch.Generator().manual_seed(r.randint(0, 10**6))
+    x = torch.randn(m + n, generator=g)
+    x[::11] = torch.nan
+    made = {
+        "q": torch.zeros(2, 4, m, 16), "k": torch.zeros(2, 4, n, 16), "v": torch.zeros(2, 4, n, 16), "x": x,
+        "doc": torch.randint(0, 5, (m + n,), generator=g, dtype=torch.int32).sort().values,
+        "lens": torch.randint(0, n + 1, (2,), generator=g), "pad": torch.rand(2, n, generator=g) > r.choice([0.02, 0.5]),
+        "table": torch.rand(2, 4, m, n, generator=g) > r.choice([0.01, 0.99]),
+    }  # fmt: skip
+    try:
+        p = verify(parse(text))
+    except InvalidProgram:  # simplifying took a tensor out: another mask
+        return masked(r, reads, m, n)
+    return p, {name: made[name] for name in p.decls}
+
+
+def truth(p: Attention, made: dict[str, Tensor], m: int, n: int) -> Tensor:
+    block = whole(made, {}, {"b": 2, "h": 4, "q_idx": m, "kv_idx": n}, torch.float64, torch.device("cpu"))
+    return block.tensor(p.keep.predicate).to(torch.bool).expand(2, 4, m, n)
+
+
+def check(p: Attention, coverage: Tensor, kept: Tensor, block_q: int, block_kv: int) -> None:
+    m, n = kept.shape[2:]
+    coverage = coverage.expand(2, 4, -1, -1)
+    pairs = coverage.repeat_interleave(block_q, 2)[:, :, :m].repeat_interleave(block_kv, 3)[:, :, :, :n]
+    assert not (kept & (pairs == Coverage.EMPTY)).any(), "a kept pair is dropped"
+    assert not (~kept & (pairs == Coverage.FULL)).any(), "a full tile has a hole"
+    if n % block_kv:
+        assert not (coverage[..., -1] == Coverage.FULL).any(), "a full tile sticks out"
+    if p.keep.empty is Empty.SCORE:
+        assert not ((pairs == Coverage.EMPTY).any(3) & ~kept.any(3)).any(), "a row that keeps nothing must see every key"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("first", range(0, 1000, 100))
+def test_plans_are_exact(first: int, reads: bool) -> None:
+    for seed in range(first, first + 100):
+        r = random.Random(f"{seed} {reads}")
+        m, n = r.randint(1, 70), r.randint(1, 70)
+        p, made = masked(r, reads, m, n)
+        block_q, block_kv = r.choice([4, 8, 16]), r.choice([4, 8, 16])
+        plan = build_plan(p, made, {}, block_q, block_kv)
+        kept = truth(p, made, m, n)
+        check(p, plan.coverage, kept, block_q, block_kv)
+        check_ranges(plan.full.count, plan.full.begin, plan.full.end, plan.coverage, Coverage.FULL)
+        check_ranges(plan.partial.count, plan.partial.begin, plan.partial.end, plan.coverage, Coverage.PARTIAL)
+
+
+def check_ranges(count: Tensor, begin: Tensor, end: Tensor, coverage: Tensor, kind: Coverage) -> None:
+    rows = coverage.reshape(-1, coverage.shape[-1])
+    for row, (c, starts, stops) in enumerate(zip(count.tolist(), begin.tolist(), end.tolist(), strict=True)):
+        tiles = [t for i in range(c) for t in range(starts[i], stops[i])]
+        assert tiles == (rows[row] == kind).nonzero().flatten().tolist()
+
+
+def test_a_causal_window_is_what_it_should_be() -> None:
+    text = """attention
+      axes b=1, h=1, q_idx=256, kv_idx=256
+      read q: f32[1, 1, 256, 16], k: f32[1, 1, 256, 16], v: f32[1, 1, 256, 16]
+      score dot(q[b, h, q_idx], k[b, h, kv_idx])
+      keep (kv_idx <= q_idx) & (q_idx - kv_idx < 128) else nan
+      weigh softmax
+      sum v[b, h, kv_idx]
+    """
+    plan = build_plan(verify(parse(text)), {"v": torch.zeros(1)}, {}, 64, 64)
+    assert plan.coverage[0, 0].tolist() == [[1, 0, 0, 0], [2, 1, 0, 0], [1, 2, 1, 0], [0, 1, 2, 1]]
+    assert plan.transposed().coverage[0, 0].tolist() == [[1, 2, 1, 0], [0, 1, 2, 1], [0, 0, 1, 2], [0, 0, 0, 1]]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("first", range(0, 120, 40))
+def test_plans_made_on_the_device(first: int) -> None:
+    """The generated kernel is as exact as the plans made here."""
+    made_there = 0
+    for seed in range(first, first + 40):
+        r = random.Random(f"device {seed}")
+        m, n = r.randint(1, 150), r.randint(1, 150)
+        p, made = masked(r, True, m, n)
+        if "x" in p.decls:
+            continue  # Triton's interpreter can't mix the comparison of one loaded float with that of a tile
+        call = Prepared(p, made, {})
+        if not call._plans_on_device:
+            continue
+        made_there += 1
+        kept = truth(p, made, m, n)
+        for name, schedule in (
+            ("attention_forward", call.schedule.forward),
+            ("attention_backward_keys", call.schedule.backward_keys),
+        ):
+            found, tiles = call._plan(name, schedule, made)
+            keys = name == "attention_backward_keys"
+            columns = -(-m // schedule.block_m) if keys else -(-n // schedule.block_n)
+            rows = torch.zeros(found["FullCount"].shape[0], columns, dtype=torch.int8)
+            for kind, which in ((Coverage.FULL, "Full"), (Coverage.PARTIAL, "Partial")):
+                room = found[f"{which}_ranges"]
+                for row, count in enumerate(found[f"{which}Count"].tolist()):
+                    for i in range(row * room, row * room + count):
+                        rows[row, int(found[f"{which}Begin"][i]) : int(found[f"{which}End"][i])] = kind
+            coverage = rows.reshape(-1, tiles, columns)
+            shape = _plan_shape(p, coverage.shape[0])
+            coverage = coverage.reshape(*shape, tiles, columns)
+            check(p, coverage.transpose(2, 3) if keys else coverage, kept, schedule.block_m, schedule.block_n)
+    assert made_there >= 5
+
+
+def _plan_shape(p: Attention, count: int) -> tuple[int, int]:
+    from attncompiler.ir.expr import axes_of
+
+    axes = axes_of(p.keep.predicate)
+    shape = (2 if "b" in axes else 1, 4 if "h" in axes else 1)
+    assert shape[0] * shape[1] == count
+    return shape
