@@ -64,7 +64,9 @@ def _missed(refusal: Refusal) -> Missed:
 
 
 def _reads_product(node: Node) -> bool:
-    return any(contraction_of(n) is not None for n in _elementwise_cone(node))
+    """True for a softmax of scores; one over a layer's outputs (a router, a head of classes) is no attention."""
+    layers = ("linear", "addmm")
+    return any(contraction_of(n) is not None and base_name(n.target) not in layers for n in _elementwise_cone(node))
 
 
 def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:

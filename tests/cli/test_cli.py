@@ -1,0 +1,99 @@
+"""The commands, as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from attncompiler.cli.main import main
+
+MODEL = """
+import torch
+def attend(q, k, v):
+    n = q.shape[2]
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return (q @ k.mT * 0.125).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+def talk(q, k, v, mix):
+    return torch.einsum("gh,bhij->bgij", mix, (q @ k.mT).softmax(-1)) @ v
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return attend(x, x * 2, x * 3)
+def example_inputs_Net():
+    return (torch.randn(1, 2, 96, 64),)
+"""
+INPUTS = ["--input", "1,2,96,64", "--input", "1,2,96,64", "--input", "1,2,96,64"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "model.py").write_text(MODEL)
+    return str(tmp_path / "model.py")
+
+
+def test_explain_says_what_was_taken(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{model}:attend", *INPUTS]) == 0
+    shown = capsys.readouterr().out
+    assert "model.py:6" in shown and "kv_idx" in shown
+
+
+def test_explain_says_what_was_not_and_why(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{model}:talk", *INPUTS, "--input", "2,2", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["regions"] and found["missed"][0]["reason"]
+
+
+def test_inputs_may_stand_in_the_file(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{model}:Net", "--json"]) == 0
+    (region,) = json.loads(capsys.readouterr().out)["regions"]
+    assert region["source_location"] == "model.py:6" and 0 < region["density"] <= 1
+
+
+@pytest.mark.parametrize("show", ["ir", "source"])
+def test_inspect_shows_text(model: str, show: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"{model}:Net", "--show", show]) == 0
+    assert {"ir": "weigh   softmax", "source": "@triton.jit"}[show] in capsys.readouterr().out
+
+
+def test_inspect_compiles_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"{model}:Net", "--target", "sm_80", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["kernel"] for row in rows} >= {"attention_forward", "attention_backward_keys"}
+    assert all(row["fits"] == "yes" and row["registers"] > 0 for row in rows)
+
+
+def test_inspect_shows_machine_code(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"{model}:Net", "--show", "ptx"]) == 0
+    assert ".target sm_90a" in capsys.readouterr().out
+    assert main(["inspect", f"{model}:Net", "--show", "sass"]) == 0
+    assert "EXIT" in capsys.readouterr().out
+
+
+def test_inspect_writes_a_page(model: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["inspect", f"{model}:Net", "--show", "ir", "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "<svg" in text and "attention_forward" in text and "http" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "nothing.py:f"], "there is no file nothing.py"),
+        (["explain", "no_colon"], "not of the form path.py:function_or_Class"),
+        (["explain", "MODEL:wrong"], "it has attend, talk"),
+        (["explain", "MODEL:attend"], "give --input, or write example_inputs()"),
+        (["explain", "MODEL:attend", "--input", "1,x"], "is not SHAPE[:DTYPE]"),
+        (["inspect", "MODEL:Net", "--region", "7"], "there is no region 7"),
+    ],
+)
+def test_wrong_usage_is_one_clear_error(model: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([a.replace("MODEL", model) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_doctor_tries_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)}
+    assert findings["cross-compilation to gfx942"]["ok"] and "recompile limit" in findings
