@@ -15,7 +15,7 @@ from attncompiler.ir.text import to_text
 from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.normalise import capture, source_line
-from attncompiler.passes.recognise import NORMALISERS, recognise, trained_nodes
+from attncompiler.passes.recognise import BARRIERS, NORMALISERS, recognise, trained_nodes
 from attncompiler.passes.rewrite import rewrite
 from attncompiler.passes.site import Refusal, Site
 
@@ -65,8 +65,7 @@ def _missed(refusal: Refusal) -> Missed:
 
 def _reads_product(node: Node) -> bool:
     """True for a softmax of scores; one over a layer's outputs (a router, a head of classes) is no attention."""
-    layers = ("linear", "addmm")
-    return any(contraction_of(n) is not None and base_name(n.target) not in layers for n in _elementwise_cone(node))
+    return any(contraction_of(n) is not None for n in _elementwise_cone(node))
 
 
 def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:
@@ -83,7 +82,7 @@ def _elementwise_cone(node: Node) -> set[Node]:
     stack = list(node.all_input_nodes)
     while stack and len(seen) < 200:
         current = stack.pop()
-        if current in seen or current.op != "call_function":
+        if current in seen or current.op != "call_function" or base_name(current.target) in BARRIERS:
             continue
         seen.add(current)
         if contraction_of(current) is None and base_name(current.target) not in NORMALISERS:

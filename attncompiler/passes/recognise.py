@@ -75,7 +75,7 @@ def recognise(module: GraphModule, trained: frozenset[Node]) -> tuple[list[Site]
 _CALLS = {aten.scaled_dot_product_attention.default: sdpa, torch.ops.higher_order.flex_attention: flex}
 
 # Operators that a search for a normaliser does not cross: behind them stands another layer's attention.
-_BARRIERS = frozenset({
+BARRIERS = frozenset({
     "linear", "addmm", "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "convolution", "conv1d", "conv2d", "conv3d",
     "batch_norm", "embedding", "scaled_dot_product_attention", "topk", "sort", "gather", "index", "argmax", "cumsum", "gelu",
     "silu",
@@ -99,7 +99,7 @@ def normalisers_behind(node: Node) -> set[Node]:
             continue
         if name == "exp":
             found.add(current)
-        if name not in _BARRIERS and contraction_of(current) is None:
+        if name not in BARRIERS and contraction_of(current) is None:
             stack.extend(current.all_input_nodes)
     return found
 

@@ -31,7 +31,8 @@ MODELS: Mapping[str, tuple[Any, Any, int]] = {
     "mistral: sliding window": (tf.MistralConfig(**LLAMA, sliding_window=8), tf.MistralForCausalLM, 2),
     "gemma2: soft cap": (tf.Gemma2Config(**LLAMA, head_dim=16, sliding_window=8), tf.Gemma2ForCausalLM, 2),
     "gpt_oss: sinks": (
-        tf.GptOssConfig(**LLAMA, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=8), tf.GptOssForCausalLM, 2,
+        tf.GptOssConfig(**LLAMA, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
+        tf.GptOssForCausalLM, 2,
     ),
     "opt": (
         tf.OPTConfig(
@@ -41,7 +42,8 @@ MODELS: Mapping[str, tuple[Any, Any, int]] = {
     ),
     "gpt2": (
         tf.GPT2Config(
-            vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **SMALL
+            vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            **SMALL,
         ), tf.GPT2LMHeadModel, 2,
     ),
     "bloom: ALiBi by baddbmm": (
@@ -52,7 +54,9 @@ MODELS: Mapping[str, tuple[Any, Any, int]] = {
     ),
     "t5: learned relative positions, cross attention": (
         tf.T5Config(
-            vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, **SMALL
+            vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0,
+            **SMALL,
         ), tf.T5ForConditionalGeneration, 6,
     ),
     "whisper: audio": (
