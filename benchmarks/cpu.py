@@ -2,8 +2,8 @@
 
     python benchmarks/cpu.py [--out FILE.md]
 
-Each measurement runs in a process of its own. Memory is the peak of the resident set above what the process held, with its inputs and
-after one warm step, before the measured ones.
+Each measurement runs in a process of its own. Memory is the peak of the resident set above what the process held, with its inputs,
+after one warm step and before the measured ones.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ MODELS: Mapping[str, tuple[Any, Any, int]] = {
     "whisper: audio": (
         tf.WhisperConfig(
             vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=32, max_target_positions=32, num_mel_bins=8, pad_token_id=0,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=32, max_target_positions=32, num_mel_bins=8,
+            pad_token_id=0,
             bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, dropout=0.0, **SMALL,
         ), tf.WhisperForConditionalGeneration, 3,
     ),
