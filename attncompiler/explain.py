@@ -10,7 +10,8 @@ import torch
 from torch.fx import GraphModule
 
 from attncompiler.backend import compile_or_leave
-from attncompiler.codegen.emit import Layout, emit
+from attncompiler.codegen.emission import Layout
+from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE, conj, conjuncts, reads_of
 from attncompiler.ir.program import Attention, Keep

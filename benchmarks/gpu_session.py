@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emit import Layout
+from attncompiler.codegen.emission import Layout
 from attncompiler.ir import Attention, interpret, parse, verify
 from attncompiler.ir.text import to_line
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op

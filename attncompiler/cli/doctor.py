@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 
 from attncompiler.codegen.cross_compile import cross_compile
-from attncompiler.codegen.emit import Layout
+from attncompiler.codegen.emission import Layout
 from attncompiler.config import cache_dir
 from attncompiler.ir.text import parse
 from attncompiler.runtime.triton_launch import static_groups

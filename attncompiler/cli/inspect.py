@@ -13,7 +13,7 @@ from tabulate import tabulate
 from attncompiler.cli.page import page
 from attncompiler.cli.subject import load
 from attncompiler.codegen.cross_compile import CompiledKernel, cross_compile
-from attncompiler.codegen.emit import Layout
+from attncompiler.codegen.emission import Layout
 from attncompiler.errors import OptionError
 from attncompiler.explain import hinted_sizes, kernel_source, plan_of, trace
 from attncompiler.ir.program import Attention

@@ -11,7 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from attncompiler.codegen.emit import Emission, Layout, emit, needed_kernels
+import torch
+
+from attncompiler.codegen.emission import Emission, Layout, needed_kernels
+from attncompiler.codegen.emit import emit
+from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
 from attncompiler.codegen.triton_expr import pointer_name
 from attncompiler.errors import OptionError
 from attncompiler.ir.program import Attention, Dtype
@@ -67,7 +71,10 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _signature(kernel: str, names: list[str], emission: Emission, schedule: KernelSchedule) -> dict[str, str]:
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, str]:
     """Triton's type of every parameter, by its name."""
     program = emission.program
     pointers = {pointer_name(d.name): f"*{_TYPES[d.dtype]}" for d in program.tensors}
@@ -80,9 +87,10 @@ def _signature(kernel: str, names: list[str], emission: Emission, schedule: Kern
         table = name.startswith(("Full", "Partial", "Order")) and not name.endswith("_ranges")
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
-        elif kernel != "attention_delta" and emission.schedule.descriptors and (block := emission.descriptor_block(name, schedule)):
+        elif block := emission.descriptor_block(kernel, name):
             element = pointers[name].removeprefix("*")
-            found[name] = f"tensordesc<{element}[{', '.join(map(str, block))}]>"
+            layout = f",{shared_layout(block, _TORCH[element])!r}" if emission.has_warp_roles(kernel) else ""
+            found[name] = f"tensordesc<{element}[{', '.join(map(str, block))}]{layout}>"
         else:
             found[name] = pointers.get(name, "*i32" if table else "*fp32" if name.startswith("Grad_") else "i32")
     return found
@@ -92,9 +100,10 @@ def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     function: Any = getattr(module, name)
-    signature = _signature(name, function.arg_names, emission, schedule)
+    signature = _signature(name, function.arg_names, emission)
     unit = [n for n in function.arg_names if n.endswith("_channel")]  # contiguous channels, as nearly always
     constants: dict[str, Any] = dict.fromkeys(unit, 1) | {
         n: v for n, v in (("BLOCK_M", schedule.block_m), ("BLOCK_N", schedule.block_n)) if n in signature
@@ -105,10 +114,13 @@ def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: 
         for i, n in enumerate(function.arg_names)
         if signature[n].startswith("*") or (n.startswith("stride_") and signature[n] == "i32")
     }
-    source = ASTSource(
-        function, signature, constexprs={(function.arg_names.index(n),): v for n, v in constants.items()}, attrs=divisible
-    )
-    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages if target.backend == "cuda" else 1}
+    constexprs = {(function.arg_names.index(n),): v for n, v in constants.items()}
+    if emission.has_warp_roles(name):
+        source = GluonASTSource(function, signature, constexprs, attrs=divisible)
+        options = {"num_warps": schedule.num_warps, "maxnreg": REGISTERS}
+    else:
+        source = ASTSource(function, signature, constexprs, attrs=divisible)
+        options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages if target.backend == "cuda" else 1}
     compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emit import element_gradients, shared_heads, side_of
+from attncompiler.codegen.emission import element_gradients, shared_heads, side_of
 from attncompiler.codegen.vectors import VectorView, add_elements, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.expr import Q_IDX, Const, Read, reads_of

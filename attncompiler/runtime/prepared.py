@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia import hopper as gluon_hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attncompiler.codegen.emit import Emission, Layout, emit, program_dots, shared_heads, vector_reads
+from attncompiler.codegen.emission import Emission, Layout, program_dots, shared_heads, vector_reads
+from attncompiler.codegen.emit import emit
+from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
 from attncompiler.codegen.triton_expr import pointer_name
@@ -53,12 +56,14 @@ def describable(tensor: Tensor) -> bool:
     )
 
 
-def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, block: tuple[int, ...], gluon: bool) -> TensorDescriptor:
     step = 16 // tensor.element_size()
     strides = [
         stride if size > 1 else max(stride, step) // step * step for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
     strides[3] = 1
+    if gluon:
+        return gluon_hopper.TensorDescriptor(tensor, list(tensor.shape), strides, list(block), shared_layout(block, tensor.dtype))
     return TensorDescriptor(tensor, list(tensor.shape), strides, list(block))
 
 
@@ -66,23 +71,28 @@ class Launch:
     """One kernel with everything filled in but its pointers."""
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], constants: Constants, tensors: Mapping[str, Tensor], schedule: KernelSchedule,
-        emission: Emission | None,
+        self, kernel: Any, name: str, grid: tuple[int, int], constants: Constants, tensors: Mapping[str, Tensor],
+        schedule: KernelSchedule, emission: Emission | None,
     ) -> None:  # fmt: skip
         values = {**constants, "BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
         self._kernel, self._grid = kernel[grid], grid
         self._arguments = [values.get(name) for name in kernel.arg_names]
         self._pointers: list[tuple[int, str]] = []
         self._descriptors: list[tuple[int, str, dict[str, Any]]] = []
-        self._options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
-        for place, name in enumerate(kernel.arg_names):
-            if name in values:
+        gluon = emission is not None and emission.has_warp_roles(name)
+        self._options = {
+            "num_warps": schedule.num_warps,
+            **({"maxnreg": REGISTERS} if gluon else {"num_stages": schedule.num_stages}),
+        }
+        self._descriptor_type = gluon_hopper.TensorDescriptor if gluon else TensorDescriptor
+        for place, parameter in enumerate(kernel.arg_names):
+            if parameter in values:
                 continue
-            block = emission.descriptor_block(name, schedule) if emission is not None and emission.schedule.descriptors else None
+            block = emission.descriptor_block(name, parameter) if emission is not None else None
             if block is None:
-                self._pointers.append((place, name))
+                self._pointers.append((place, parameter))
             else:
-                self._descriptors.append((place, name, dict(vars(_descriptor(tensors[name], block)))))
+                self._descriptors.append((place, parameter, dict(vars(_descriptor(tensors[parameter], block, gluon)))))
 
     def __call__(self, tensors: Mapping[str, Tensor], plan: Constants | None = None) -> None:
         self._kernel(*self._filled(tensors, plan), **self._options)
@@ -96,7 +106,7 @@ class Launch:
         for place, name in self._pointers:
             arguments[place] = tensors[name] if plan is None or name not in plan else plan[name]
         for place, name, fields in self._descriptors:
-            descriptor = object.__new__(TensorDescriptor)  # its checks were made for the first of these
+            descriptor = object.__new__(self._descriptor_type)  # its checks were made for the first of these
             descriptor.__dict__.update(fields, base=tensors[name])
             arguments[place] = descriptor
         return arguments
@@ -230,13 +240,12 @@ class Prepared:
         emission = Emission(self.program, self.schedule, layout)
         b, h, m = (self.extents[axis] for axis in ("b", "h", "q_idx"))
         if name == "attention_delta":
-            return Launch(
-                getattr(module, name), (-(-m // schedule.block_m), b * h), {**self.constants, **constants}, tensors, schedule, None
-            )
+            grid = -(-m // schedule.block_m), b * h
+            return Launch(getattr(module, name), name, grid, {**self.constants, **constants}, tensors, schedule, None)
         plan, tiles = self._plan(name, schedule, operands)
         rows = b * (h // shared_heads(self.program, self.groups)) if name == "attention_backward_keys" else b * h
         fixed = {**self.constants, **constants, **{k: v for k, v in plan.items() if self.static or not isinstance(v, Tensor)}}
-        return Launch(getattr(module, name), (tiles, rows), fixed, tensors, schedule, emission)
+        return Launch(getattr(module, name), name, (tiles, rows), fixed, tensors, schedule, emission)
 
     def _plan(self, name: str, schedule: KernelSchedule, operands: Mapping[str, Tensor]) -> tuple[Constants, int]:
         """The tiles that a kernel visits, and the number of rows of tiles."""
@@ -275,9 +284,8 @@ class Prepared:
                 "COLUMN_BLOCK": column_block,
                 "TILES": width,
             }
-            launch = Launch(
-                kernel, (rows, shared), {**self.constants, **sizes}, tensors, KernelSchedule(block, column_block, 4, 1), None
-            )
+            chosen = KernelSchedule(block, column_block, 4, 1)
+            launch = Launch(kernel, "plan", (rows, shared), {**self.constants, **sizes}, tensors, chosen, None)
             self._launches[("plan", name)] = launch
             self._orders[name] = self._static_order(schedule, transposed, operands)
         launch(tensors)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emit import Layout, emit, needed_kernels, vector_reads
+from attncompiler.codegen.emission import Layout, needed_kernels, vector_reads
+from attncompiler.codegen.emit import emit
 from attncompiler.codegen.vectors import head_group, poison_empty_heads
 from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention

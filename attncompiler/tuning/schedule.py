@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import Const
+from attncompiler.ir.expr import ONE, Apply, Const, dots_of, walk
 from attncompiler.ir.program import Attention, Dtype
 from attncompiler.tuning.target import Target
 
@@ -28,6 +28,7 @@ class Schedule:
     backward_keys: KernelSchedule
     descriptors: bool
     float32: str
+    warp_roles: bool = False  # the forward kernel is the one of templates/hopper_forward.py
 
 
 def head_size(program: Attention) -> int:
@@ -45,7 +46,30 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
     float32 = "ieee" if few_queries else target.float32  # a row of products gains nothing from tensor cores
-    return Schedule(forward, queries, keys, descriptors and target.descriptors and not wide, float32)
+    descriptors = descriptors and target.descriptors and not wide
+    roles = descriptors and target.name == "sm_90" and not few_queries and suits_warp_roles(program)
+    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, float32, roles)
+
+
+_ROLE_OPERATORS = frozenset({
+    "add", "sub", "mul", "div", "neg", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "where",
+    "minimum", "maximum", "abs", "exp", "tanh", "to_float", "to_int", "to_bool",
+})  # fmt: skip
+
+
+def suits_warp_roles(program: Attention) -> bool:
+    """True for one product of half-precision vectors of 64 or 128 channels, without dropout and without a finite mask."""
+    decls = [program.decls[name] for name in program.vectors]
+    nodes = [node for e in (program.score, program.keep.predicate, *program.weigh.extra) for node in walk(e)]
+    return (
+        len(decls) == 3
+        and len(dots_of(program.score)) == 1
+        and {decl.shape[-1] for decl in decls} in ({Const(64)}, {Const(128)})
+        and {decl.dtype for decl in decls} in ({Dtype.BF16}, {Dtype.F16})
+        and program.adjust == ONE
+        and not program.has_rcp
+        and all(node.op in _ROLE_OPERATORS for node in nodes if isinstance(node, Apply))
+    )
 
 
 def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:

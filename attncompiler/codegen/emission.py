@@ -1,0 +1,296 @@
+"""What all kernels of a program share: the names of its operands, its loads, scores and parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attncompiler.codegen.text import fill
+from attncompiler.codegen.triton_expr import Names, pointer_name, size_names, triton
+from attncompiler.errors import UnsupportedProgram
+from attncompiler.ir.expr import TRUE, Apply, Const, Dot, Expr, Read, axes_of, dots_of, reads_of
+from attncompiler.ir.program import Attention, Dtype, Empty
+from attncompiler.passes.plan import score_where_kept
+from attncompiler.tuning.schedule import KernelSchedule, Schedule
+
+LOG2E = math.log2(math.e)
+MAX_HEAD_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One vector operand as a kernel sees it: [b, h // group, row, channel]."""
+
+    name: str  # q, k, v, q2, ...
+    read: Read
+    group: int
+    size: int
+
+    @property
+    def block(self) -> int:
+        return max(16, 1 << (self.size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the operands look like at run time, as far as the source depends on it.
+
+    `groups` holds the heads that share a vector, for each vector operand in order of first use; `wanted` names the operands whose
+    gradients are asked for."""
+
+    groups: tuple[int, ...]
+    wanted: frozenset[str]
+    has_grad_lse: bool = False
+
+
+class Emission:
+    """The names and pieces that the kernels of one program share."""
+
+    def __init__(self, program: Attention, schedule: Schedule, layout: Layout) -> None:
+        self.program, self.schedule, self.layout = program, schedule, layout
+        self.dots = program_dots(program)
+        self.dot_names = {dot: "qk" if i == 0 else f"qk{i + 1}" for i, dot in enumerate(self.dots)}
+        reads = vector_reads(program)
+        sizes = [_literal(program, read) for read in reads]
+        groups = dict(zip(reads, layout.groups, strict=True))
+        self.vectors = {read: Vector(read.tensor, read, groups[read], size) for read, size in zip(reads, sizes, strict=True)}
+        self.value = self.vectors[program.sum]
+        self.group = shared_heads(program, layout.groups)
+        self.helpers: set[str] = set()
+        self.precision = f', input_precision="{schedule.float32}"' if self._is(Dtype.F32) else ""
+        self.kept_score = score_where_kept(program)
+        self.bounded = not (isinstance(program.axes.kv_idx, Const))
+
+    def _is(self, dtype: Dtype) -> bool:
+        return any(self.program.decls[v.name].dtype is dtype for v in self.vectors.values())
+
+    # ------------------------------------------------------------------------------------------------------ loads
+
+    def load(self, vector: Vector, row: str, rows: str, start: str, masked: bool) -> str:
+        """Lines that load a tile of vectors [rows, channels] into the variable named as the operand."""
+        name, big = vector.name, pointer_name(vector.name)
+        head = "h" if vector.group == 1 else f"h // {vector.group}"
+        if self.schedule.descriptors:
+            return f"{name} = {big}.load([b, {head}, {start}, 0]).reshape({rows}, {vector.block})"
+        tests = ([f"({row}[:, None] < {'M' if row == 'q_idx' else 'N'})"] if masked else []) + (
+            [f"({name}_channels[None, :] < {vector.size})"] if vector.block != vector.size else []
+        )
+        guard = f", mask={' & '.join(tests)}, other=0.0" if tests else ""
+        lines = [f"{name}_channels = tl.arange(0, {vector.block})"]
+        lines.append(
+            f"{name}_rows = {big} + b.to(tl.int64) * stride_{name}_b + ({head}).to(tl.int64) * stride_{name}_h"
+            f" + {row}.to(tl.int64)[:, None] * stride_{name}_row"
+        )
+        lines.append(f"{name} = tl.load({name}_rows + {name}_channels[None, :] * stride_{name}_channel{guard})")
+        return "\n".join(lines)
+
+    def kernel_schedule(self, kernel: str) -> KernelSchedule:
+        """The schedule of a kernel by its name."""
+        chosen: KernelSchedule = getattr(self.schedule, kernel.removeprefix("attention_"))
+        return chosen
+
+    def has_warp_roles(self, kernel: str) -> bool:
+        return self.schedule.warp_roles and kernel == "attention_forward"
+
+    def descriptor_block(self, kernel: str, name: str) -> tuple[int, int, int, int] | None:
+        """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
+        if not self.schedule.descriptors or kernel == "attention_delta":
+            return None
+        schedule = self.kernel_schedule(kernel)
+        if self.has_warp_roles(kernel) and name in ("O", *(pointer_name(v.name) for v in self.lefts())):
+            return (1, 1, schedule.block_m // 2, self.value.block)  # each of the two groups has its own rows
+        lefts = {pointer_name(v.name) for v in self.lefts()}
+        for vector in self.vectors.values():
+            if pointer_name(vector.name) == name:
+                return (1, 1, schedule.block_m if name in lefts else schedule.block_n, vector.block)
+        return (1, 1, schedule.block_m, self.value.block) if name == "DO" else None
+
+    def load_all(self, vectors: Iterable[Vector], row: str, rows: str, start: str, masked: bool) -> str:
+        return "\n".join(self.load(vector, row, rows, start, masked) for vector in dict.fromkeys(vectors))
+
+    def lefts(self) -> list[Vector]:
+        return [self.vectors[dot.left] for dot in self.dots]
+
+    def rights(self) -> list[Vector]:
+        return [self.vectors[dot.right] for dot in self.dots]
+
+    def products(self, transposed: bool) -> str:
+        lines = []
+        for dot, name in self.dot_names.items():
+            left, right = self.vectors[dot.left].name, self.vectors[dot.right].name
+            first, second = (right, left) if transposed else (left, right)
+            lines.append(f"{name} = tl.dot({first}, tl.trans({second}){self.precision})")
+        return "\n".join(lines)
+
+    # ----------------------------------------------------------------------------------------------------- scores
+
+    def names(self, transposed: bool, bounds: frozenset[str]) -> Names:
+        return Names(self.program, self.dot_names, transposed, bounds, helpers=self.helpers)
+
+    def score(self, masked: bool, names: Names) -> tuple[str, str]:
+        """(score, what multiplies it into base-2 units): the product joins the subtraction of the maximum in one instruction."""
+        expr = self.program.score if masked else self.kept_score
+        if self.program.absorbs:
+            return self.base2(triton(expr, names)), ""
+        if isinstance(expr, Dot):
+            return names.dots[expr], f" * {LOG2E!r}"
+        if (
+            isinstance(expr, Apply)
+            and expr.op in ("mul", "div")
+            and isinstance(expr.args[0], Dot)
+            and isinstance(expr.args[1], Const)
+        ):
+            factor = float(expr.args[1].value) if expr.op == "mul" else 1.0 / float(expr.args[1].value)
+            if factor > 0:  # the row maximum may be taken before scaling
+                return names.dots[expr.args[0]], f" * {factor * LOG2E!r}"
+        return triton(expr, names), f" * {LOG2E!r}"
+
+    def base2(self, text: str) -> str:
+        """A score in base-2 units; a finite mask must not overflow on the way."""
+        if self.program.absorbs:
+            self.helpers.add("to_base2")
+            return f"to_base2({text})"
+        return f"({text}) * {LOG2E!r}"
+
+    def natural(self, text: str) -> str:
+        """Back from base-2 units."""
+        if self.program.absorbs:
+            self.helpers.add("to_natural")
+            return f"to_natural({text})"
+        return f"({text}) * {math.log(2)!r}"
+
+    def mask_lines(self, names: Names) -> str:
+        """What makes the scores of a partial tile -inf outside `keep` and outside the tensors."""
+        tests = [f"({names.axis('kv_idx')} < N)"]
+        keep = self.program.keep
+        if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
+            tests.insert(0, triton(keep.predicate, names))
+        return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))'
+
+    def element_reads(self, extra: bool) -> list[Read]:
+        """Single elements that scores, predicate and factors read; those of extra scores too if `extra`."""
+        exprs: tuple[Expr, ...] = (self.program.score, self.program.keep.predicate, self.program.adjust)
+        exprs += self.program.weigh.extra if extra else ()
+        return [r for r in dict.fromkeys(r for e in exprs for r in reads_of(e)) if r.tensor not in self.program.vectors]
+
+    def preload(self, names: Names, axes: frozenset[str], extra: bool = False) -> str:
+        """Load what varies with no other axes than `axes`: before a loop, not in it."""
+        before = len(names.lines)
+        for read in self.element_reads(extra):
+            if axes_of(read) <= axes:
+                triton(read, names)
+        lines = names.lines[before:]
+        del names.lines[before:]
+        return "\n".join(lines)
+
+    def plan_row(self, tile: str, tiles: str) -> str:
+        axes = axes_of(self.program.keep.predicate)
+        if "b" in axes:
+            batch = "b * H + h" if "h" in axes else "b"
+            return f"({batch}) * {tiles} + {tile}"
+        return f"h * {tiles} + {tile}" if "h" in axes else tile
+
+
+def program_dots(program: Attention) -> tuple[Dot, ...]:
+    return tuple(dict.fromkeys(dot for e in (program.score, program.adjust) for dot in dots_of(e)))
+
+
+def vector_reads(program: Attention) -> tuple[Read, ...]:
+    """Every vector read once: the sides of the products, then the value."""
+    reads = [read for dot in program_dots(program) for read in (dot.left, dot.right)]
+    return tuple(dict.fromkeys([*reads, program.sum]))
+
+
+def shared_heads(program: Attention, groups: tuple[int, ...]) -> int:
+    """How many heads one program of the key side serves: those that share keys and values; 1 where these are shared differently."""
+    of = dict(zip(vector_reads(program), groups, strict=True))
+    shared = {of[dot.right] for dot in program_dots(program)} | {of[program.sum]}
+    return next(iter(shared)) if len(shared) == 1 else 1
+
+
+def _literal(program: Attention, read: Read) -> int:
+    size = program.decls[read.tensor].shape[-1]
+    if not isinstance(size, Const):
+        raise UnsupportedProgram("the head size is not known when compiling", do="mark it static")
+    if int(size.value) > MAX_HEAD_SIZE:
+        raise UnsupportedProgram(f"a head size of {size.value} is over {MAX_HEAD_SIZE}", where=program.origin.line)
+    if program.decls[read.tensor].dtype is Dtype.F64:
+        raise UnsupportedProgram("float64 has no kernel", where=program.origin.line, do="use the portable lowering")
+    return int(size.value)
+
+
+def element_gradients(program: Attention, wanted: frozenset[str]) -> list[Read]:
+    """Single elements of wanted operands that scores or factors read; those of extra scores alone are left to the caller."""
+    exprs = (program.score, program.adjust)
+    reads = dict.fromkeys(r for x in exprs for r in reads_of(x))
+    return [r for r in reads if r.tensor in wanted and r.tensor not in program.vectors]
+
+
+def side_of(read: Read) -> str:
+    """Where the gradient of an element is summed: over the rows' keys ("q"), over the columns' queries ("kv"), or not ("pair")."""
+    axes = axes_of(read)
+    return "pair" if {"q_idx", "kv_idx"} <= axes else "kv" if "kv_idx" in axes else "q"
+
+
+def tag(e: Emission, read: Read) -> str:
+    """A name for the gradient of one element read."""
+    reads = [r for r in element_gradients(e.program, e.layout.wanted) if r.tensor == read.tensor]
+    place = reads.index(read)
+    return read.tensor if place == 0 else f"{read.tensor}_{place + 1}"
+
+
+def needed_kernels(program: Attention, wanted: frozenset[str]) -> frozenset[str]:
+    """Which backward kernels make the gradients in `wanted`."""
+    found = set()
+    reads = element_gradients(program, wanted)
+    if any(d.left.tensor in wanted for d in program_dots(program)) or any(side_of(r) != "kv" for r in reads):
+        found.add("queries")
+    if program.sum.tensor in wanted or any(d.right.tensor in wanted for d in program_dots(program)):
+        found.add("keys")
+    if any(side_of(r) == "kv" for r in reads):
+        found.add("keys")
+    return frozenset(found)
+
+
+def parameters_of(e: Emission, kernel: str) -> list[str]:
+    """The signature of a kernel: only what it uses."""
+    wanted = e.layout.wanted
+    sizes = size_names(e.program, e.program.expressions)
+    if kernel == "delta":
+        out = ["O", "DO", "Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])
+        strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]
+        return [*out, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
+    vectors = list(e.vectors.values())
+    parameters = [pointer_name(v.name) for v in vectors]
+    if not e.schedule.descriptors:
+        parameters += [f"stride_{v.name}_{a}" for v in vectors for a in ("b", "h", "row", "channel")]
+    tensors = dict.fromkeys(r.tensor for r in e.element_reads(extra=kernel == "forward"))
+    for tensor in tensors:
+        parameters.append(pointer_name(tensor))
+        parameters += [f"stride_{tensor}_{place}" for place in range(len(e.program.decls[tensor].shape))]
+    if kernel == "forward":
+        parameters += ["O", "Lse", *(["Rcp"] if e.program.has_rcp else []), "stride_o_b", "stride_o_h", "stride_o_m"]
+    else:
+        parameters += ["DO", *([] if e.schedule.descriptors else [f"stride_do_{a}" for a in "bhmd"])]
+        parameters += ["Reference", *(["Rcp"] if e.program.has_rcp else []), "Delta"]
+        reads = element_gradients(e.program, wanted)
+        if kernel == "queries":
+            moved = [e.vectors[d.left] for d in e.dots if d.left.tensor in wanted]
+            tags = [tag(e, r) for r in reads if side_of(r) != "kv"]
+        else:
+            moved = [e.vectors[d.right] for d in e.dots if d.right.tensor in wanted]
+            moved += [e.value] if e.value.name in wanted else []
+            tags = [tag(e, r) for r in reads if side_of(r) == "kv"]
+        for vector in dict.fromkeys(moved):
+            parameters.append(f"Grad_{vector.name}")
+            parameters += [f"stride_grad_{vector.name}_{a}" for a in ("b", "h", "row", "channel")]
+        parameters += [f"Grad_{tag}" for tag in tags]
+    for name in ("Full", "Partial"):
+        parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
+    return [*parameters, "Order", "H", "M", "N", *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
+
+
+def visit_ranges(template: str, name: str, tile: str, plan_row: str) -> str:
+    comment = "# tiles whose every pair is kept" if name == "Full" else "# tiles at an edge of the mask or of the tensors"
+    return comment + fill(template.replace("{name}", name), tile=tile, plan_row=plan_row)

@@ -1,0 +1,240 @@
+"""The backward kernels: delta, the gradients of the query side, and those of the key side."""
+
+from __future__ import annotations
+
+from attncompiler.codegen.emission import (
+    Emission,
+    Vector,
+    element_gradients,
+    parameters_of,
+    side_of,
+    tag,
+    visit_ranges,
+)
+from attncompiler.codegen.text import fill, signature
+from attncompiler.codegen.triton_expr import Names, number, triton
+from attncompiler.ir.derivative import derivative
+from attncompiler.ir.expr import ONE, TRUE, Const, Dot, Expr, Read
+from attncompiler.ir.program import Empty
+from attncompiler.templates import softmax_backward, softmax_forward
+
+
+def _slope(expr: Expr, wrt: Dot | Read) -> Expr:
+    return derivative(expr, wrt)
+
+
+def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
+    """(tile of d loss / d wrt, constant factor still to be applied)."""
+    score = _slope(e.program.score if masked else e.kept_score, wrt)
+    adjust = _slope(e.program.adjust, wrt)
+    nothing = Const(0.0)
+    if adjust == nothing and isinstance(score, Const):
+        return "ds", float(score.value)
+    parts = [f"ds * {triton(score, names)}"] if score != nothing else []
+    parts += [f"p * dp * {triton(adjust, names)}"] if adjust != nothing else []
+    return " + ".join(parts) if parts else "tl.zeros_like(ds)", 1.0
+
+
+def _ds_lines(e: Emission, names: Names, transposed: bool) -> list[str]:
+    row = "[None, :]" if transposed else "[:, None]"
+    if e.program.adjust == ONE:
+        return [f"ds = p * (dp - delta{row})"]
+    before = len(names.lines)
+    factor = triton(e.program.adjust, names)
+    lines = names.lines[before:]
+    del names.lines[before:]
+    return [*lines, f"factor = {factor}", f"ds = p * (dp * factor - delta{row})"]
+
+
+def queries_source(e: Emission) -> str:
+    wanted = e.layout.wanted
+    names = e.names(False, frozenset({"q_idx"}))
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
+    before = e.preload(names, frozenset({"b", "h", "q_idx"}))
+    lefts = [dot for dot in e.dots if dot.left.tensor in wanted]
+    rows = [r for r in element_gradients(e.program, wanted) if side_of(r) == "q"]
+    accumulators = [f"d{e.vectors[d.left].name} = tl.zeros([BLOCK_M, {e.vectors[d.left].block}], tl.float32)" for d in lefts]
+    accumulators += [f"d_{tag(e, r)} = tl.zeros([BLOCK_M], tl.float32)" for r in rows]
+    factors: dict[str, float] = {}
+    loops = "\n".join(_queries_loop(e, names, masked, lefts, rows, factors) for masked in (False, True))
+    store = [_store_vector(e, e.vectors[d.left], "q_idx", "M", factors) for d in dict.fromkeys(lefts)]
+    store += [f"tl.store(Grad_{tag(e, r)} + rows, d_{tag(e, r)}, mask=q_idx < M)" for r in rows]
+    return fill(
+        softmax_backward.QUERIES,
+        parameters=signature(parameters_of(e, "queries")),
+        load_queries="\n".join(filter(None, [queries, before])),
+        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
+        load_rcp=_load_rcp(e),
+        accumulators="\n".join(dict.fromkeys(accumulators)),
+        loops=loops,
+        store="\n".join(store),
+    ).replace("BLOCK_DV", str(e.value.block))  # fmt: skip
+
+
+def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
+    names = e.names(False, frozenset({"q_idx", "kv_idx"}))
+    names.loaded = dict(outer.loaded)
+    score, scale = e.score(masked, names)
+    mask = e.mask_lines(names) if masked else ""
+    loads = list(names.lines)
+    names.lines.clear()
+    lines = _ds_lines(e, names, False)
+    for dot in lefts:
+        text, factor = _gradient_text(e, names, dot, masked)
+        left, right = e.vectors[dot.left].name, e.vectors[dot.right].name
+        if sum(other.left == dot.left for other in e.dots) > 1:  # each product has a factor of its own
+            text, factor = _scaled(text, factor), 1.0
+        factors[left] = factor
+        lines.append(f"d{left} = tl.dot(({text}).to({right}.dtype), {right}, d{left}{e.precision})")
+    for read in rows:
+        text, factor = _gradient_text(e, names, read, masked)
+        lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
+    for read in element_gradients(e.program, e.layout.wanted):
+        if side_of(read) == "pair":
+            text, factor = _gradient_text(e, names, read, masked)
+            lines.append("at = ((b.to(tl.int64) * H + h) * M + q_idx[:, None]) * N + kv_idx[None, :]")
+            lines.append(
+                f"tl.store(Grad_{tag(e, read)} + at, {_scaled(text, factor)}, mask=(q_idx[:, None] < M) & (kv_idx[None, :] < N))"
+            )
+    lines = [*names.lines, *lines]
+    tile = fill(
+        softmax_backward.QUERIES_TILE,
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
+        score_lines="\n".join(filter(None, [e.products(False), *loads])),
+        score=score,
+        scale=scale,
+        apply_mask=mask,
+        rcp=" * rcp[:, None]" if e.program.has_rcp else "",
+        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
+        gradients="\n".join(lines),
+        precision=e.precision,
+    ).replace("tl.trans(v)", f"tl.trans({e.value.name})")
+    name = "Partial" if masked else "Full"
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("q_tile", "tl.cdiv(M, BLOCK_M)"))
+
+
+def keys_source(e: Emission) -> str:
+    wanted = e.layout.wanted
+    rights = [dot for dot in e.dots if dot.right.tensor in wanted]
+    columns = [r for r in element_gradients(e.program, wanted) if side_of(r) == "kv"]
+    value = e.value
+    keys = e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True)
+    names = e.names(True, frozenset({"kv_idx", "q_idx"}))
+    accumulators = [f"d{e.vectors[d.right].name} = tl.zeros([BLOCK_N, {e.vectors[d.right].block}], tl.float32)" for d in rights]
+    accumulators += [f"d{value.name} = tl.zeros([BLOCK_N, {value.block}], tl.float32)"] if value.name in wanted else []
+    head = [e.preload(names, frozenset({"b", "h", "kv_idx"}))]
+    head += [f"d_{tag(e, r)} = tl.zeros([BLOCK_N], tl.float32)" for r in columns]
+    factors: dict[str, float] = {value.name: 1.0}
+    loops = "\n".join(_keys_loop(e, names, masked, rights, columns, factors) for masked in (False, True))
+    store = [_store_vector(e, e.vectors[d.right], "kv_idx", "N", factors) for d in dict.fromkeys(rights)]
+    store += [_store_vector(e, value, "kv_idx", "N", factors)] if value.name in wanted else []
+    per_head = [
+        f"tl.store(Grad_{tag(e, r)} + (b.to(tl.int64) * H + h) * N + kv_idx, d_{tag(e, r)}, mask=kv_idx < N)" for r in columns
+    ]
+    return fill(
+        softmax_backward.KEYS,
+        parameters=signature(parameters_of(e, "keys")),
+        load_keys=keys,
+        load_values=e.load_all([value], "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True),
+        accumulators="\n".join(dict.fromkeys(accumulators)),
+        head_lines="\n".join(filter(None, head)),
+        loops=loops,
+        store_per_head="\n".join(per_head),
+        store="\n".join(store),
+    ).replace("BLOCK_DV", str(value.block)).replace("KV_HEADS", f"(H // {e.group})").replace("GROUP", str(e.group))  # fmt: skip
+
+
+def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], columns: list[Read], factors: dict[str, float]) -> str:
+    names = e.names(True, frozenset({"q_idx", "kv_idx"}))
+    names.loaded = dict(outer.loaded)
+    score, scale = e.score(masked, names)
+    mask = e.mask_lines(names) if masked else ""
+    loads = list(names.lines)
+    names.lines.clear()
+    value = e.value.name
+    ds = _ds_lines(e, names, True)
+    lines = []
+    if value in e.layout.wanted:
+        weights = "p" if e.program.adjust == ONE else "(p * factor)"
+        lines.append(f"d{value} = tl.dot({weights}.to(do.dtype), do, d{value}{e.precision})")
+    lines.append(f"dp = tl.dot({value}, tl.trans(do){e.precision})")
+    if e.program.adjust != ONE:
+        lines = [*ds[:-1], *lines, ds[-1]]
+    else:
+        lines += ds
+    for dot in rights:
+        text, factor = _gradient_text(e, names, dot, masked)
+        left, right = e.vectors[dot.left].name, e.vectors[dot.right].name
+        if sum(other.right == dot.right for other in e.dots) > 1:
+            text, factor = _scaled(text, factor), 1.0
+        factors[right] = factor
+        lines.append(f"d{right} = tl.dot(({text}).to({left}.dtype), {left}, d{right}{e.precision})")
+    for read in columns:
+        text, factor = _gradient_text(e, names, read, masked)
+        lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
+    tile = fill(
+        softmax_backward.KEYS_TILE,
+        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True),
+        load_rcp=_load_rcp(e),
+        score_lines="\n".join(filter(None, [e.products(True), *loads])),
+        score=score,
+        scale=scale,
+        apply_mask=mask,
+        rcp=" * rcp[None, :]" if e.program.has_rcp else "",
+        load_grad_o=_load_grad_o(e, "q_start"),
+        gradients="\n".join([*names.lines, *lines]),
+    )
+    name = "Partial" if masked else "Full"
+    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, e.plan_row("kv_tile", "tl.cdiv(N, BLOCK_N)"))
+
+
+def _scaled(text: str, factor: float) -> str:
+    return text if factor == 1.0 else f"({text}) * {number(factor)}"
+
+
+def _load_grad_o(e: Emission, start: str) -> str:
+    value = e.value
+    if e.schedule.descriptors:
+        return f"do = DO.load([b, h, {start}, 0]).reshape(BLOCK_M, {value.block})"
+    return (
+        f"do_channels = tl.arange(0, {value.block})\n"
+        "do_rows = DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m\n"
+        f"inside = (q_idx[:, None] < M) & (do_channels[None, :] < {value.size})\n"
+        "do = tl.load(do_rows + do_channels[None, :] * stride_do_d, mask=inside, other=0.0)"
+    )
+
+
+def _load_rcp(e: Emission) -> str:
+    return "rcp = tl.load(Rcp + rows, mask=q_idx < M, other=1.0)" if e.program.has_rcp else ""
+
+
+def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dict[str, float]) -> str:
+    name = vector.name
+    head = "h" if size == "M" else "kv_head"
+    value = _scaled(f"d{name}", factors.get(name, 1.0))
+    return (
+        f"{name}_channels = tl.arange(0, {vector.block})\n"
+        f"grad_rows = Grad_{name} + b.to(tl.int64) * stride_grad_{name}_b + {head} * stride_grad_{name}_h"
+        f" + {row}.to(tl.int64)[:, None] * stride_grad_{name}_row\n"
+        f"inside = ({row}[:, None] < {size}) & ({name}_channels[None, :] < {vector.size})\n"
+        f"grad_at = grad_rows + {name}_channels[None, :] * stride_grad_{name}_channel\n"
+        f"tl.store(grad_at, ({value}).to(Grad_{name}.dtype.element_ty), mask=inside)"
+    )
+
+
+def delta_source(e: Emission) -> str:
+    subtract = "delta -= tl.load(DLse + at, mask=rows < M, other=0.0)" if e.layout.has_grad_lse else ""
+    empty = ""
+    if e.program.keep.predicate != TRUE and e.program.keep.empty is not Empty.SCORE:
+        empty = (
+            'empty = lse == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
+            'lse = tl.where(empty, float("inf"), lse)\n'
+            "delta = tl.where(empty, 0.0, delta)"
+        )
+    return fill(
+        softmax_backward.DELTA,
+        parameters=signature(parameters_of(e, "delta")),
+        subtract_grad_lse=subtract,
+        lse=e.base2("tl.load(Lse + at, mask=rows < M, other=0.0)"),
+        guard_empty=empty,
+    ).replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")  # fmt: skip

@@ -1,0 +1,78 @@
+"""The forward kernel, for every target."""
+
+from __future__ import annotations
+
+from attncompiler.codegen.emission import (
+    Emission,
+    parameters_of,
+    visit_ranges,
+)
+from attncompiler.codegen.text import fill, signature
+from attncompiler.codegen.triton_expr import Names, triton
+from attncompiler.ir.expr import ONE
+from attncompiler.ir.program import Empty
+from attncompiler.templates import softmax_forward
+
+
+def forward_source(e: Emission) -> str:
+    names = e.names(False, frozenset({"q_idx"}))
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
+    before = e.preload(names, frozenset({"b", "h", "q_idx"}), extra=True)
+    loops = "\n".join(_loop(e, names, masked) for masked in (False, True))
+    extra = []
+    for expr in e.program.weigh.extra:
+        text = triton(expr, names).replace("[:, None]", "")
+        extra += [f"extra = {e.base2(text)}", "m_new = tl.maximum(m_i, extra)",
+                  'm_ref = tl.where(m_new == float("-inf"), 0.0, m_new)', "alpha = tl.exp2(m_i - m_ref)",
+                  "l_i = l_i * alpha + tl.exp2(extra - m_ref)", "acc = acc * alpha[:, None]", "m_i = m_new"]  # fmt: skip
+    finish = ["out = acc / l_i[:, None]"]
+    if e.program.keep.empty is Empty.ZERO:
+        finish = ["out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row that keeps no key is 0"]
+    finish.append(f"lse = {e.natural('m_i + tl.log2(l_i)')}")
+    rcp = ""
+    if e.program.has_rcp:
+        rcp = (
+            "# what rounding takes from lse, which may be too large to hold log(l_i), rcp gives back\n"
+            f"rcp = tl.where(l_i == 0.0, 0.0, tl.exp2({e.base2('lse')} - m_i) / l_i)\n"
+            "tl.store(Rcp + rows, rcp, mask=q_idx < M)"
+        )
+    return fill(
+        softmax_forward.KERNEL,
+        parameters=signature(parameters_of(e, "forward")),
+        load_queries="\n".join(filter(None, [queries, before])),
+        loops=loops,
+        extra_scores="\n".join(extra),
+        finish="\n".join(finish),
+        store_rcp=rcp,
+    ).replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")  # fmt: skip
+
+
+def _loop(e: Emission, outer: Names, masked: bool) -> str:
+    names = e.names(False, frozenset({"q_idx", "kv_idx"}) if masked else frozenset({"q_idx"}))
+    names.loaded = dict(outer.loaded)
+    score, scale = e.score(masked, names)
+    mask = e.mask_lines(names) if masked else ""
+    adjust, weights = "", "p"
+    before_adjust = len(names.lines)
+    if e.program.adjust != ONE:
+        factor = triton(e.program.adjust, names)
+        adjust, weights = f"weights = p * {factor}", "weights"
+    loads = "\n".join(names.lines[:before_adjust])
+    adjust = "\n".join([*names.lines[before_adjust:], adjust]) if adjust else ""
+    tile = fill(
+        softmax_forward.TILE,
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
+        score_lines="\n".join(filter(None, [e.products(False), loads])),
+        score=score,
+        scale=scale,
+        apply_mask=mask,
+        reference='m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf minus -inf would be NaN'
+        if masked
+        else "m_ref = m_new",
+        adjust=adjust,
+        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
+        weights=weights,
+        precision=e.precision,
+    ).replace("v.dtype), v,", f"{e.value.name}.dtype), {e.value.name},")
+    name = "Partial" if masked else "Full"
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("q_tile", "tl.cdiv(M, BLOCK_M)"))
