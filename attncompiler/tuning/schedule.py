@@ -45,10 +45,9 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     kernels = _few_queries(d) if few_queries else _float32(d) if wide else _half(d)
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
-    float32 = "ieee" if few_queries else target.float32  # a row of products gains nothing from tensor cores
     descriptors = descriptors and target.descriptors and not wide
     roles = descriptors and target.name == "sm_90" and not few_queries and suits_warp_roles(program)
-    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, float32, roles)
+    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
 
 
 _ROLE_OPERATORS = frozenset({
