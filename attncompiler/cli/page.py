@@ -19,6 +19,7 @@ h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2.2rem }
 .region { display: grid; grid-template-columns: minmax(20rem, 2fr) 5fr; gap: 1.5rem; align-items: start }
 pre { background: #f7f7f4; border: 1px solid #e2e2dc; border-radius: 6px; padding: .8rem; overflow: auto; font-size: 12.5px;
       max-height: 80vh }
+.region > div > pre { white-space: pre-wrap }
 .legend span { display: inline-block; width: .9em; height: .9em; margin: 0 .35em 0 1em; border: 1px solid #bbb;
                vertical-align: -1px }
 svg { border: 1px solid #ccc; width: 100%; max-width: 24rem; height: auto }
@@ -57,6 +58,7 @@ def _picture(plan: TilePlan) -> str:
         for c in range(0, columns, step_c):
             box = coverage[r : r + step_r, c : c + step_c]
             kind = Coverage.FULL if bool((box == 2).all()) else Coverage.EMPTY if bool((box == 0).all()) else Coverage.PARTIAL
-            cells.append(f"<rect x='{c // step_c}' y='{r // step_r}' width='1' height='1' fill='{_COLOURS[kind]}'/>")
-    width, height = -(-columns // step_c), -(-rows // step_r)
-    return f"<svg viewBox='0 0 {width} {height}' preserveAspectRatio='none' shape-rendering='crispEdges'>{''.join(cells)}</svg>"
+            at = f"x='{c * plan.block_kv}' y='{r * plan.block_q}' width='{step_c * plan.block_kv}' height='{step_r * plan.block_q}'"
+            cells.append(f"<rect {at} fill='{_COLOURS[kind]}'/>")
+    width, height = columns * plan.block_kv, rows * plan.block_q
+    return f"<svg viewBox='0 0 {width} {height}' shape-rendering='crispEdges'>{''.join(cells)}</svg>"

@@ -31,7 +31,8 @@ _NOTHING = Graph()
 
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Needs: Dynamo's graph and its example inputs. Ensures: a flat graph of ATen operators, whole ones such as softmax and
-    matmul included, `meta["val"]` on every node and `meta["stack_trace"]` from the user's code. Keeps: what it computes."""
+    matmul included, `meta["val"]` on every node, `meta["stack_trace"]` from the user's code, `meta["user_name"]` on inputs.
+    Keeps: what it computes."""
     if any(
         "autograd_function_apply" in str(node.target)
         for part in module.modules()
@@ -42,6 +43,9 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) else x for x in inputs]
     with fx_traceback.preserve_node_meta(), mode:
         graph_module = make_fx(Interpreter(module).run, pre_dispatch=True)(*fakes)
+    named = ([n for n in g.graph.nodes if n.op == "placeholder"] for g in (module, graph_module))
+    for theirs, ours in zip(*named, strict=True):
+        ours.meta["user_name"] = theirs.name
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(graph_module, str(node.target), None), FakeTensor):
             raise Unrecognised(

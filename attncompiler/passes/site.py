@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from torch.fx import Graph, Node
 from attncompiler.errors import AttnCompilerError, Unrecognised
 from attncompiler.ir.expr import (
     ONE,
+    OPERATORS,
     Apply,
     Axis,
     B,
@@ -170,7 +172,7 @@ def _prune(program: Attention) -> Attention:
 
 
 def _operand_names(draft: Attention, reader: Reader) -> dict[str, str]:
-    """q, k, v for the main product and the values; mask, bias, seed or table for the rest, numbered when there are several."""
+    """q, k, v for the main product and the values; for the rest the user's own names, else mask, ids, bias, param or seed."""
     names: dict[str, str] = {}
     taken: set[str] = set()
 
@@ -192,8 +194,21 @@ def _operand_names(draft: Attention, reader: Reader) -> dict[str, str]:
             if reader.leaves[read.tensor].is_seed:
                 give(read.tensor, "seed")
             elif read.tensor not in names:
-                give(read.tensor, _role(dtype_of(reader.leaves[read.tensor].node), axes_of(read)))
+                node = reader.leaves[read.tensor].node
+                give(read.tensor, _users_name(node) or _role(dtype_of(node), axes_of(read)))
     return names
+
+
+# Dynamo's names of a module's tensors and of arguments: l_self_modules_norm_parameters_scale_, l_slopes_
+_USERS_NAME = re.compile(r"l_(?:.*_(?:parameters|buffers)_|(?!.*(?:self|modules|kwargs|args)_))([a-z][a-z0-9_]{2,}?)_?")
+_RESERVED = {"lse", "rcp", "delta", "reference", "order", "coverage", "dlse", "dot", "uniform", "axes", *OPERATORS}
+
+
+def _users_name(node: Node) -> str:
+    """What the user called an input of the graph; "" where that is not known or means something else in a program or a kernel."""
+    found = _USERS_NAME.fullmatch(node.meta.get("user_name", "").lower())
+    name = found.group(1) if found else ""
+    return "" if name in _RESERVED or name.endswith(("_idx", "_value")) or name.startswith(("stride_", "grad_")) else name
 
 
 def _role(dtype: torch.dtype, axes: frozenset[str]) -> str:

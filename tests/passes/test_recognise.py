@@ -138,7 +138,7 @@ def test_an_additive_mask_of_the_caller_is_a_proved_fact_beside_the_score() -> N
         return (q @ k.mT + mask).softmax(-1) @ v
 
     text = program_of(attention, *operands(), torch.zeros(B, 1, N, N))
-    assert clause(text, "keep") == "bias[b, 0, q_idx, kv_idx] > -1e+30 else score"
+    assert clause(text, "keep") == "mask[b, 0, q_idx, kv_idx] > -1e+30 else score"
 
 
 def test_a_learned_bias_is_never_read_as_a_mask() -> None:
@@ -156,7 +156,7 @@ def test_sinks_are_extra_scores() -> None:
         scores = scores - scores.max(-1, keepdim=True).values
         return scores.softmax(-1)[..., :-1] @ v
 
-    assert clause(program_of(attention, *operands(), torch.randn(H)), "weigh") == "softmax(param[h])"
+    assert clause(program_of(attention, *operands(), torch.randn(H)), "weigh") == "softmax(sink[h])"
 
 
 def test_softmax_plus_one_is_an_extra_score_of_zero() -> None:
