@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 from attncompiler.ir.expr import ONE, Apply, Const, dots_of, walk
 from attncompiler.ir.program import Attention, Dtype
@@ -57,7 +58,11 @@ _ROLE_OPERATORS = frozenset({
 
 
 def suits_warp_roles(program: Attention) -> bool:
-    """True for one product of half-precision vectors of 64 or 128 channels, without dropout and without a finite mask."""
+    """True for one product of half-precision vectors of 64 or 128 channels, without dropout and without a finite mask.
+
+    Gluon is experimental: with a Triton that this kernel has not been checked with, the plain Triton kernel serves."""
+    if version("triton").split(".")[:2] != ["3", "6"]:
+        return False
     decls = [program.decls[name] for name in program.vectors]
     nodes = [node for e in (program.score, program.keep.predicate, *program.weigh.extra) for node in walk(e)]
     return (
