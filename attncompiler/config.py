@@ -87,9 +87,9 @@ def _usable(path: Path) -> Path:
         return fallback
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a cache entry whole or not at all; its first line is the hash of the rest. Failing to write is not an error: the entry
-    is made again next time."""
+def write_atomic(path: Path, text: str) -> bool:
+    """Write a cache entry whole or not at all; its first line is the hash of the rest. False, and a warning, where it can't be
+    written: the entry is made again next time."""
     body = f"# {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +98,8 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(file.name, path)
     except OSError as error:
         warnings.warn(f"attncompiler could not write {path}: {error}; it will be made again next time", stacklevel=2)
+        return False
+    return True
 
 
 def read_checked(path: Path) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attncompiler.codegen.kernel_module import load_module
 from attncompiler.config import cache_dir, read_checked, write_atomic
 
 
@@ -35,6 +36,17 @@ def test_a_directory_that_cannot_be_written_is_replaced_and_said(tmp_path: Path,
     with pytest.warns(UserWarning, match="can't write its cache[\\s\\S]*ATTNCOMPILER_CACHE_DIR"):
         path = cache_dir()
     assert path.is_dir() and blocked.read_text() == "not a directory"
+
+
+def test_a_full_disk_does_not_stop_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("ATTNCOMPILER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("attncompiler.config.os.replace", full)
+    with pytest.warns(UserWarning, match="No space left on device; it will be made again next time"):
+        assert load_module("answer = 42\n").answer == 42
+    assert not list((tmp_path / "kernels").glob("*.py"))
 
 
 def test_failing_to_write_loses_nothing(tmp_path: Path) -> None:

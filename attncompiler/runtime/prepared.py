@@ -6,7 +6,7 @@ A call then only fills the pointers in. Plans that read no tensor are part of wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from attncompiler.tuning.schedule import KernelSchedule, choose_schedule
 from attncompiler.tuning.target import Target, target_of_capability
 
 Constants = Mapping[str, Any]
+_DELTA = KernelSchedule(64, 64, 4, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -217,24 +218,23 @@ class Prepared:
     def run(
         self,
         name: str,
-        schedule: KernelSchedule,
-        layout: Layout,
+        variant: Hashable,
         tensors: Mapping[str, Tensor],
         operands: Mapping[str, Tensor],
-        constants: Constants | None = None,
+        describe: Callable[[], tuple[Layout, Constants]],
     ) -> None:
-        """Launch one kernel of the program. `constants` holds strides that are known from the second time on by `layout` and by
-        the tensors' own layout."""
-        key = (name, layout, *(tensors[t].stride() for t in ("DO",) if t in tensors))
-        plan = None if self.static or name == "attention_delta" else self._plan(name, schedule, operands)[0]
-        launch = self._launches.get(key)
+        """Launch one kernel of the program. `variant` tells apart what the layout of the operands leaves open (wanted gradients,
+        strides of others); `describe` gives the kernel's layout and these strides, and is asked once for each variant."""
+        schedule = _DELTA if name == "attention_delta" else getattr(self.schedule, name[len("attention_") :])
+        plan = None if self.static or schedule is _DELTA else self._plan(name, schedule, operands)[0]
+        launch = self._launches.get((name, variant))
         if launch is None:
-            launch = self._launches[key] = self._launch(name, schedule, layout, tensors, operands, constants or {})
+            launch = self._launches[name, variant] = self._launch(name, schedule, *describe(), tensors, operands)
         launch(tensors, plan)
 
     def _launch(
-        self, name: str, schedule: KernelSchedule, layout: Layout, tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor],
-        constants: Constants,
+        self, name: str, schedule: KernelSchedule, layout: Layout, constants: Constants, tensors: Mapping[str, Tensor],
+        operands: Mapping[str, Tensor],
     ) -> Launch:  # fmt: skip
         module = load_module(emit(self.program, self.schedule, layout))
         emission = Emission(self.program, self.schedule, layout)

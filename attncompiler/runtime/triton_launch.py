@@ -14,10 +14,8 @@ from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention
 from attncompiler.runtime.gradients import Gradients
 from attncompiler.runtime.prepared import describable, prepare
-from attncompiler.tuning.schedule import KernelSchedule, choose_schedule
+from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS
-
-_DELTA = KernelSchedule(64, 64, 4, 1)
 
 
 def check(program: Attention) -> None:
@@ -44,10 +42,14 @@ def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
     rcp = torch.empty((b, h, m) if program.has_rcp else (0,), dtype=torch.float32, device=value.device)
     if o.numel() == 0:
         return o, lse, rcp
-    strides = {"stride_o_b": o.stride(0), "stride_o_h": o.stride(1), "stride_o_m": o.stride(2)}
-    tensors = {**call.pointers(operands), "O": o, "Lse": lse, "Rcp": rcp}
-    call.run("attention_forward", call.schedule.forward, Layout(call.groups, frozenset()), tensors, operands, strides)
+    tensors = call.pointers(operands)
+    tensors |= {"O": o, "Lse": lse, "Rcp": rcp}
+    call.run("attention_forward", None, tensors, operands, lambda: (Layout(call.groups, frozenset()), _strides("o", o)))
     return o, lse, rcp
+
+
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    return {f"stride_{name}_{axis}": stride for axis, stride in zip("bhmd", tensor.stride(), strict=True)}
 
 
 def backward(
@@ -65,21 +67,22 @@ def backward(
     call = prepare(program, operands, sizes)
     if call.schedule.descriptors and not describable(grad_o):
         grad_o = grad_o.contiguous()
-    layout = Layout(call.groups, wanted, grad_lse is not None)
     delta, reference = torch.empty((2, *lse.shape), dtype=torch.float32, device=o.device)
     tensors = {**call.pointers(operands), "O": o, "DO": grad_o, "Lse": lse, "Rcp": rcp, "Delta": delta, "Reference": reference}
     if grad_lse is not None:
         tensors["DLse"] = grad_lse.contiguous()
     sums = Gradients(call, operands, wanted)
     tensors |= sums.tensors
-    strides = {f"stride_{t}_{a}": x.stride(i) for t, x in (("o", o), ("do", grad_o)) for i, a in enumerate("bhmd")} | sums.strides
-    kernels = needed_kernels(program, wanted)
+    variant = (wanted, grad_lse is None, grad_o.stride())
+
+    def describe() -> tuple[Layout, Mapping[str, int]]:
+        layout = Layout(call.groups, wanted, grad_lse is not None)
+        return layout, {**_strides("o", o), **_strides("do", grad_o), **sums.strides}
+
     if o.numel():
-        call.run("attention_delta", _DELTA, layout, tensors, operands, strides)
-        if "queries" in kernels and call.extents["kv_idx"]:
-            call.run("attention_backward_queries", call.schedule.backward_queries, layout, tensors, operands, strides)
-        if "keys" in kernels and call.extents["kv_idx"]:
-            call.run("attention_backward_keys", call.schedule.backward_keys, layout, tensors, operands, strides)
+        kernels = needed_kernels(program, wanted) if call.extents["kv_idx"] else ()
+        for name in ("delta", *(f"backward_{side}" for side in ("queries", "keys") if side in kernels)):
+            call.run(f"attention_{name}", variant, tensors, operands, describe)
     found = sums.finish(lse, rcp, delta)
     if program.sum.tensor in wanted:
         poison_empty_heads(program, call.block(operands), lse, found[program.sum.tensor])
