@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import ONE, TRUE, Apply, Const, Dot, Expr, Read, Uniform, apply, axes_of, conj, walk
+from attncompiler.ir.expr import ONE, TRUE, Apply, Const, Dot, Expr, Read, Uniform, apply, axes_of, conj, conjuncts, walk
 from attncompiler.ir.program import Attention, Empty, Keep
 
 # A score is taken to be below 1e29 in magnitude; a masked one at most -1e30 then weighs exp(-9e29) = 0 beside any kept one.
@@ -43,18 +43,32 @@ def lift_mask(program: Attention, trained: frozenset[str] = frozenset()) -> Atte
 
 
 def zero_empty_rows(program: Attention) -> Attention:
-    """Weights set to 0 outside `keep` after the softmax: an empty row gives 0 instead of NaN, and the factor says nothing more."""
+    """Weights set to 0 outside `keep` after the softmax: an empty row gives 0 instead of NaN, and the factor says nothing more.
+
+    A factor that also drops other pairs stays, for their sake."""
     if program.keep.empty is not Empty.NAN or program.keep.predicate == TRUE:
         return program
+    kept = set(conjuncts(program.keep.predicate))
     factors = _factors(program.adjust)
-    mask = apply("where", program.keep.predicate, Const(1.0), Const(0.0))
-    if mask not in factors:
+    masks = [factor for factor in factors if kept <= _conjuncts_of_mask(factor)]
+    if not masks:
         return program
     rest: Expr = ONE
     for factor in factors:
-        if factor != mask:
+        if factor not in masks or _conjuncts_of_mask(factor) != kept:
             rest = factor if rest == ONE else apply("mul", rest, factor)
     return replace(program, keep=replace(program.keep, empty=Empty.ZERO), adjust=rest)
+
+
+def _conjuncts_of_mask(factor: Expr) -> set[Expr]:
+    """What holds where a factor of ones and zeros is 1; nothing for any other factor."""
+    if isinstance(factor, Apply) and factor.op == "where" and all(isinstance(arg, Const) for arg in factor.args[1:]):
+        condition, yes, no = factor.args
+        if (yes, no) == (Const(1.0), Const(0.0)):
+            return set(conjuncts(condition))
+        if (yes, no) == (Const(0.0), Const(1.0)):
+            return set(conjuncts(apply("not", condition)))
+    return set()
 
 
 def _factors(expr: Expr) -> list[Expr]:
