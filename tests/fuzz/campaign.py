@@ -71,8 +71,10 @@ def _run(f, inputs: dict[str, Tensor], train: bool) -> dict[str, Tensor]:  # typ
 def _compare(name: str, exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch.dtype) -> str:
     if ours.shape != eager.shape or ours.dtype != eager.dtype:
         return f"{name} is {ours.dtype} {tuple(ours.shape)}, eager {eager.dtype} {tuple(eager.shape)}"
-    finite = torch.isfinite(eager)
-    if not torch.equal(finite, torch.isfinite(ours)):
+    finite, ours_finite = torch.isfinite(eager), torch.isfinite(ours)
+    # a row that keeps no key, its weights set to 0 afterwards: eager's backward multiplies 0 by NaN, ours gives the 0 that is meant
+    spurious = ours_finite & eager.isnan() if name.startswith("grad of") else torch.zeros_like(finite)
+    if not torch.equal(finite | spurious, ours_finite):
         return f"{name} is finite where eager is not, or the other way round"
     both = finite & torch.isfinite(exact)
     exact, eager, ours = (t.double().masked_fill(~both, 0.0) for t in (exact, eager, ours))
