@@ -7,7 +7,6 @@ import pytest
 from tests.fuzz.campaign import judge
 from tests.fuzz.programs import Program
 
-
 ONCE_WRONG = (10230, 10350)  # weights set to 0 by a mask that was written as its negation
 
 
