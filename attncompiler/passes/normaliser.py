@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from attncompiler.errors import Unrecognised
 from attncompiler.ir.expr import ONE, ZERO, Apply, Const, Expr, apply, axes_of, transform, walk
-from attncompiler.passes.reader import KV, NanToZero, Reader, RowReduce, Weights, shape_of
+from attncompiler.passes.nodes import KV, NanToZero, RowReduce, Weights, shape_of
+from attncompiler.passes.reader import Reader
 from attncompiler.passes.sizes import Extent, same, size_expr
 
 

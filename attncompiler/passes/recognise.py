@@ -17,9 +17,10 @@ from attncompiler.ir.expr import ONE, Q_IDX, Const, Expr, axes_of, dots_of, mul,
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Origin, Softmax, pair_axes
 from attncompiler.passes.contraction import Contraction, contraction_of
 from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.nodes import CHANNEL, KV
 from attncompiler.passes.normalise import source_line
 from attncompiler.passes.normaliser import normalised
-from attncompiler.passes.reader import CHANNEL, KV, Reader
+from attncompiler.passes.reader import Reader
 from attncompiler.passes.recognise_calls import flex, sdpa
 from attncompiler.passes.site import Refusal, Site, finish, name_batch_axes
 from attncompiler.passes.sizes import IndexSpace, same, size_expr

@@ -29,8 +29,9 @@ from attncompiler.ir.expr import (
     mul,
 )
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Origin, Softmax
+from attncompiler.passes.nodes import CHANNEL, KV, Index, Operand, dtype_of, shape_of
 from attncompiler.passes.normalise import source_line
-from attncompiler.passes.reader import CHANNEL, KV, Index, Operand, Reader, dtype_of, shape_of
+from attncompiler.passes.reader import Reader
 from attncompiler.passes.site import Site, finish, name_batch_axes
 from attncompiler.passes.sizes import IndexSpace, size_expr
 

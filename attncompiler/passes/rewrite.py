@@ -12,7 +12,7 @@ from attncompiler.errors import Unrecognised
 from attncompiler.ir.text import to_line
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import inherit_line, memory_root, writes
-from attncompiler.passes.reader import PERMUTES, Operand
+from attncompiler.passes.nodes import PERMUTES, Operand
 from attncompiler.passes.site import Site
 
 aten = torch.ops.aten

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,7 +31,8 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Dtype, Softmax, TensorDecl
 from attncompiler.ir.verify import verify
 from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
-from attncompiler.passes.reader import Operand, Reader, dtype_of, shape_of
+from attncompiler.passes.nodes import Operand, dtype_of, shape_of
+from attncompiler.passes.reader import Reader
 from attncompiler.passes.sizes import Extent, size_expr
 
 DTYPES: Mapping[torch.dtype, Dtype] = {
@@ -72,10 +73,11 @@ class Refusal:
 
 def _rewrite(program: Attention, change: Mapping[Expr, Expr]) -> Attention:
     """Substitute axes in every clause."""
+    return _each(program, lambda expr: substitute(expr, change))
 
-    def go(expr: Expr) -> Expr:
-        return substitute(expr, change)
 
+def _each(program: Attention, go: Callable[[Expr], Expr]) -> Attention:
+    """A change of every clause."""
     value = go(program.sum)
     assert isinstance(value, Read)
     return replace(
@@ -225,19 +227,7 @@ def _rename(program: Attention, names: Mapping[str, str]) -> Attention:
             return Read(names[expr.tensor], tuple(transform(i, visit) for i in expr.index))
         return None
 
-    def go(expr: Expr) -> Expr:
-        return transform(expr, visit)
-
-    value = go(program.sum)
-    assert isinstance(value, Read)
-    return replace(
-        program,
-        score=go(program.score),
-        keep=replace(program.keep, predicate=go(program.keep.predicate)),
-        weigh=Softmax(tuple(go(e) for e in program.weigh.extra)),
-        adjust=go(program.adjust),
-        sum=value,
-    )
+    return _each(program, lambda expr: transform(expr, visit))
 
 
 def _size_values(graph: Graph, program: Attention) -> dict[str, Extent]:

@@ -1,0 +1,79 @@
+"""What the passes ask of a node of the traced graph: shapes, dtypes, families of operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from attncompiler.ir.expr import (
+    Axis,
+    Expr,
+)
+from attncompiler.passes.sizes import Extent
+
+aten = torch.ops.aten
+Index = tuple[Expr, ...]
+CHANNEL = Axis("channel")  # the summed letter of a dot product while its sides are read
+
+
+@dataclass(frozen=True, slots=True)
+class Weights(Expr):
+    """softmax (or log_softmax) of a traced tensor over one dimension, at an index; seen only while recognising."""
+
+    node: Node
+    index: Index
+    log: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowReduce(Expr):
+    """A reduction of a traced tensor over one dimension; `index` is that of its input, with kv_idx at the reduced place."""
+
+    op: str
+    node: Node
+    index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class NanToZero(Expr):
+    """torch.nan_to_num of weights."""
+
+    inner: Expr
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.inner,)
+
+
+KV = Axis("kv_idx")
+CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16", "double", "int", "long", "bool"})
+SAME_ELEMENT = frozenset({"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "detach", "positive"})
+RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
+PERMUTES = frozenset({"transpose", "permute", "mT", "t", "numpy_T", "movedim", "swapaxes", "swapdims", "matrix_H", "mH", "T"})
+EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
+INLINE_LIMIT = 96  # nodes of one side expression; a longer one is cheaper to read than to compute for every pair
+
+
+def shape_of(node: Node) -> tuple[Extent, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be, or a new seed."""
+
+    node: Node
+    channel_place: int | None = None
+    dtype: torch.dtype | None = None
+    is_seed: bool = False
