@@ -117,7 +117,7 @@ def check(part: int, parts: int) -> int:
     failures = 0
     number = 0
     for (name, score, keep, weigh, adjust, reads), dtype, (m, n, d, dv) in itertools.product(
-        CHECKS, ("bf16", "f32"), ((257, 300, 64, 64), (33, 70, 80, 48), (1, 129, 128, 128))
+        CHECKS, ("bf16", "f32"), ((257, 300, 64, 64), (33, 70, 80, 48), (130, 200, 128, 128), (1, 129, 128, 128))
     ):
         dot = "dot(q[b, h, q_idx], k[b, h // 2, kv_idx])"
         extra = reads.format(m=m, n=n, both=m + n)

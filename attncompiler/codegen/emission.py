@@ -70,7 +70,7 @@ class Emission:
     def load(self, vector: Vector, row: str, rows: str, start: str, masked: bool) -> str:
         """Lines that load a tile of vectors [rows, channels] into the variable named as the operand."""
         name, big = vector.name, pointer_name(vector.name)
-        head = "h" if vector.group == 1 else f"h // {vector.group}"
+        head = "h" if vector.group == 1 else f"(h // {vector.group})"
         if self.schedule.descriptors:
             return f"{name} = {big}.load([b, {head}, {start}, 0]).reshape({rows}, {vector.block})"
         tests = ([f"({row}[:, None] < {'M' if row == 'q_idx' else 'N'})"] if masked else []) + (
@@ -79,7 +79,7 @@ class Emission:
         guard = f", mask={' & '.join(tests)}, other=0.0" if tests else ""
         lines = [f"{name}_channels = tl.arange(0, {vector.block})"]
         lines.append(
-            f"{name}_rows = {big} + b.to(tl.int64) * stride_{name}_b + ({head}).to(tl.int64) * stride_{name}_h"
+            f"{name}_rows = {big} + b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
             f" + {row}.to(tl.int64)[:, None] * stride_{name}_row"
         )
         lines.append(f"{name} = tl.load({name}_rows + {name}_channels[None, :] * stride_{name}_channel{guard})")

@@ -12,8 +12,13 @@ def indent(text: str, depth: int) -> str:
 
 def signature(names: Sequence[str]) -> str:
     """Parameters, wrapped as a person would."""
-    text = ", ".join(names)
-    return text if len(text) < 90 else "\n" + textwrap.fill(text, 124, initial_indent="    ", subsequent_indent="    ") + "\n"
+    lines = [""]
+    for name in names:
+        if len(lines[-1]) + len(name) > 118:
+            lines.append("")
+        lines[-1] += f"{name}, "
+    text = "\n".join(f"    {line.rstrip()}" for line in lines)
+    return ", ".join(names) if len(lines) == 1 else f"\n{text}\n"
 
 
 def fill(template: str, **holes: str) -> str:

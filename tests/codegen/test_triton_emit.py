@@ -6,21 +6,10 @@ from attncompiler.codegen.cross_compile import cross_compile
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir import Attention, parse, verify
+from attncompiler.ir import Attention
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS, Target
-
-
-def program(dtype: str = "bf16", d: int = 64, keep: str = "kv_idx <= q_idx else nan") -> Attention:
-    text = f"""attention  # model.py:41
-      axes b=2, h=4, q_idx=256, kv_idx=256
-      read q: {dtype}[2, 4, 256, {d}], k: {dtype}[2, 2, 256, {d}], v: {dtype}[2, 2, 256, {d}]
-      score dot(q[b, h, q_idx], k[b, h // 2, kv_idx]) * 0.125
-      keep {keep}
-      weigh softmax
-      sum v[b, h // 2, kv_idx]
-    """
-    return verify(parse(text))
+from tests.codegen.write_golden import golden_path, golden_source, program
 
 
 def source(p: Attention, wanted: str = "qkv") -> str:
@@ -40,6 +29,12 @@ def test_gradients_are_deterministic() -> None:
 
 def test_header_names_the_line_and_the_program() -> None:
     assert source(program()).startswith("# Attention for model.py:41. Visits the tiles that hold a pair with: kv_idx <= q_idx.")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_generated_file_is_the_reviewed_one(target: str) -> None:
+    """Kernels are read by people: a change of what is emitted is one to look at. `python -m tests.codegen.write_golden` writes it."""
+    assert golden_source(target) == golden_path(target).read_text()
 
 
 def test_no_backward_where_none_is_wanted() -> None:

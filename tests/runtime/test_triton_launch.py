@@ -25,5 +25,6 @@ def test_strided_operands(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_on_the_gpu(name: str, strided: bool, dtype: str) -> None:
-    judge(triton_launch, program(name, 257, 300, 80, 48, dtype), "cuda", strided)
+@pytest.mark.parametrize("sizes", [(257, 300, 80, 48), (257, 300, 64, 64), (130, 200, 128, 128)], ids=str)
+def test_on_the_gpu(sizes: tuple[int, int, int, int], name: str, strided: bool, dtype: str) -> None:
+    judge(triton_launch, program(name, *sizes, dtype), "cuda", strided)
