@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +13,16 @@ from attncompiler.codegen.vectors import VectorView, add_elements, vector_gradie
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.expr import Q_IDX, Const, Read, reads_of
 from attncompiler.runtime.prepared import Prepared, row_axis
+
+
+def room(device: torch.device) -> float:
+    """Bytes that can still be allocated on a device, as far as is known."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
+
+
+def pair_bytes(call: Prepared) -> int:
+    """The size of a buffer with one float32 for each (b, h, q_idx, kv_idx)."""
+    return 4 * math.prod(call.extents.values())
 
 
 class Gradients:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emission import Layout, needed_kernels, vector_reads
+from attncompiler.codegen import portable
+from attncompiler.codegen.emission import Layout, element_gradients, needed_kernels, side_of, vector_reads
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.vectors import head_group, poison_empty_heads
 from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention
-from attncompiler.runtime.gradients import Gradients
+from attncompiler.runtime.gradients import Gradients, pair_bytes, room
 from attncompiler.runtime.prepared import describable, prepare
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS
+
+log = logging.getLogger(__name__)
 
 
 def check(program: Attention) -> None:
@@ -65,6 +69,14 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients of the operands in `wanted`."""
     call = prepare(program, operands, sizes)
+    large = {read.tensor for read in element_gradients(program, wanted) if side_of(read) == "pair"}
+    if large and pair_bytes(call) * len(large) > room(call.device) / 2:
+        # the kernels sum these from a buffer with one number for each pair; without the memory for it, tile after tile in torch
+        log.warning(
+            "%s: gradients of %s are summed without a kernel: too little memory", program.origin.line, ", ".join(sorted(large))
+        )
+        found = portable.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, frozenset(large))
+        return found | backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted - large)
     if call.schedule.descriptors and not describable(grad_o):
         grad_o = grad_o.contiguous()
     delta, reference = torch.empty((2, *lse.shape), dtype=torch.float32, device=o.device)

@@ -33,7 +33,7 @@ def test_header_names_the_line_and_the_program() -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_the_generated_file_is_the_reviewed_one(target: str) -> None:
-    """Kernels are read by people: a change of what is emitted is one to look at. `python -m tests.codegen.write_golden` writes it."""
+    """Kernels are read by people: look at what changed, then `python -m tests.codegen.write_golden`."""
     assert golden_source(target) == golden_path(target).read_text()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from attncompiler.runtime import triton_launch
@@ -19,6 +21,13 @@ def test_forward_and_gradients(name: str, sizes: tuple[int, int, int, int]) -> N
 @pytest.mark.parametrize("dtype", ["f32", "f16"])  # the interpreter multiplies bfloat16 as the integers that it keeps them in
 def test_strided_operands(dtype: str) -> None:
     judge(triton_launch, program("window", 33, 70, 80, 48, dtype), strided=True)
+
+
+@pytest.mark.interpreted
+def test_a_table_without_the_memory_for_a_buffer(caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch.object(triton_launch, "room", lambda device: 0.0):
+        judge(triton_launch, program("relative positions", 33, 70, 80, 48))
+    assert "gradients of table are summed without a kernel" in caplog.text
 
 
 @pytest.mark.gpu
