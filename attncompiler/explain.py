@@ -16,6 +16,7 @@ from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE, conj, conjuncts, reads_of
 from attncompiler.ir.program import Attention, Keep
 from attncompiler.ir.text import expr_text, to_text
+from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.plan import TilePlan, build_plan
 from attncompiler.passes.site import Site
 from attncompiler.runtime.lowering import unsupported
@@ -61,6 +62,10 @@ def _region(site: Site) -> Region:
     program = site.program
     predicate = program.keep.predicate
     density, notes = plan_of(program, hinted_sizes(site))
+    fill = weak_mask(program.score)
+    if fill is not None:
+        why = f"where the mask puts {fill:g} a score may still count, so those pairs are computed"
+        notes = (*notes, f"{why}; -inf or torch.finfo(dtype).min lets them be skipped")
     reason = unsupported(program)
     if reason:
         notes = (*notes, f"no GPU kernel: {reason}")

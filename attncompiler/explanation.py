@@ -52,6 +52,11 @@ class Explanation:
             ]
             headers = ("#", "where", "family", "mask", "tiles visited", "lowering")
             parts.append(tabulate(rows, headers=headers, maxcolwidths=[None, 40, None, 60, None, 30]))
+        notes: dict[str, list[str]] = {}
+        for i, region in enumerate(self.regions):
+            for note in region.notes:
+                notes.setdefault(note, []).append(str(i))
+        parts += [f"Note on {', '.join(numbers)}: {note}" for note, numbers in notes.items()]
         if self.missed:
             rows_missed = [(m.source_location, m.reason, m.advice) for m in self.missed]
             parts.append(

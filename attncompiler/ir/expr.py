@@ -351,6 +351,8 @@ def apply(op: str, *args: Expr) -> Expr:
         return Const(op in ("eq", "le", "ge"))
     if op == "to_int" and surely_int(args[0]):
         return args[0]
+    if op == "to_bool" and isinstance(args[0], Apply) and OPERATORS[args[0].op].kind is Kind.BOOL:
+        return args[0]
     if op in ("minimum", "maximum") and args[0] == args[1]:
         return args[0]
     if all(surely_int(arg) for arg in args):

@@ -71,6 +71,16 @@ def _conjuncts_of_mask(factor: Expr) -> set[Expr]:
     return set()
 
 
+def weak_mask(score: Expr) -> float | None:
+    """A large negative number that masks pairs in a score without being so large that it must: -1e9, say."""
+    for node in walk(score):
+        if isinstance(node, Apply) and node.op == "where":
+            for branch in node.args[1:]:
+                if isinstance(branch, Const) and MASKED_AT_MOST < float(branch.value) <= -1e3:
+                    return float(branch.value)
+    return None
+
+
 def _factors(expr: Expr) -> list[Expr]:
     if isinstance(expr, Apply) and expr.op == "mul":
         return _factors(expr.args[0]) + _factors(expr.args[1])

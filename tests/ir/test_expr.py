@@ -70,6 +70,11 @@ def test_a_negated_mask_falls_apart_into_what_must_hold() -> None:
     assert conjuncts(conj()) == ()
 
 
+def test_a_truth_value_made_a_truth_value_is_itself() -> None:
+    kept = apply("le", KV_IDX, Q_IDX)
+    assert apply("not", apply("to_bool", apply("not", kept))) == kept
+
+
 def test_floating_point_is_kept_as_written() -> None:
     total = apply("add", apply("add", Const(0.1), Apply("to_float", (Q_IDX,))), Const(0.2))
     assert isinstance(total, Apply) and total.args[1] == Const(0.2)

@@ -244,3 +244,14 @@ def test_lse_comes_from_the_same_kernel() -> None:
     for ours, eager in zip(compiled(*operands()), attention(*operands()), strict=True):
         torch.testing.assert_close(ours, eager)
     assert len(attncompiler.explain(attention, *operands()).regions) == 1
+
+
+def test_a_mask_too_weak_to_skip_by_is_noted() -> None:
+    """-1e9 is not proved to beat every score: the pairs are computed, and the user is told."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+        return (q @ k.mT).masked_fill(hidden, -1e9).softmax(-1) @ v
+
+    explanation = attncompiler.explain(attention, *operands())
+    assert "-1e+09 a score may still count" in str(explanation) and explanation.regions[0].mask == "all pairs"
