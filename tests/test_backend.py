@@ -158,4 +158,6 @@ def test_no_graph_break_of_ours() -> None:
 def test_programs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG", logger="attncompiler"):
         torch.compile(causal, backend="attncompiler", options={"inner": "eager"})(*qkv())
+    for name in ("normalise", "recognise", "lift_mask", "zero_empty_rows"):
+        assert f"after {name}:" in caplog.text
     assert "keep    kv_idx" in caplog.text

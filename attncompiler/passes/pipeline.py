@@ -34,6 +34,7 @@ class CompiledGraph:
 def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     """Needs: Dynamo's graph and its inputs. Ensures: an equal graph whose recognised attentions are single ops."""
     captured = capture(module, inputs)
+    log.debug("after normalise:\n%s", captured.code)
     sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)))
     covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
     missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)

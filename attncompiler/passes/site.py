@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,11 +30,14 @@ from attncompiler.ir.expr import (
     transform,
 )
 from attncompiler.ir.program import Attention, Dtype, Softmax, TensorDecl
+from attncompiler.ir.text import to_text
 from attncompiler.ir.verify import verify
 from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
 from attncompiler.passes.nodes import Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.sizes import Extent, size_expr
+
+log = logging.getLogger(__name__)
 
 DTYPES: Mapping[torch.dtype, Dtype] = {
     torch.float64: Dtype.F64, torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16,
@@ -161,7 +165,17 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
         operands.append(operand)
     program = replace(renamed, tensors=tuple(decls))
     carrying = frozenset(names[old] for old in names if reader.leaves[old].node in trained)
-    program = verify(_prune(zero_empty_rows(lift_mask(program, carrying))))
+    passes: tuple[tuple[str, Callable[[Attention], Attention]], ...] = (
+        ("recognise", lambda p: p),
+        ("lift_mask", lambda p: lift_mask(p, carrying)),
+        ("zero_empty_rows", zero_empty_rows),
+        ("prune", _prune),
+    )
+    for name, change in passes:
+        program = change(program)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("after %s:\n%s", name, to_text(program))
+    verify(program)
     kept = {decl.name for decl in program.tensors}
     operands = [operand for operand, decl in zip(operands, decls, strict=True) if decl.name in kept]
     sizes = _size_values(node.graph, program)
