@@ -22,14 +22,6 @@ class OptionError(AttnCompilerError):
     """An option that does not exist, or one that contradicts another."""
 
 
-class ShapeError(AttnCompilerError):
-    """Operands whose sizes do not form an attention."""
-
-
-class DtypeError(AttnCompilerError):
-    """A dtype that attention is not defined for here."""
-
-
 class DeviceError(AttnCompilerError):
     """Operands on different devices, or a device that is not there."""
 

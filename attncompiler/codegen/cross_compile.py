@@ -22,8 +22,6 @@ from attncompiler.ir.program import Attention, Dtype
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 from attncompiler.tuning.target import Target
 
-KERNELS = ("attention_forward", "attention_delta", "attention_backward_queries", "attention_backward_keys")
-
 
 @dataclass(frozen=True)
 class CompiledKernel:

@@ -60,7 +60,6 @@ class Emission:
         self.helpers: set[str] = set()
         self.precision = f', input_precision="{schedule.float32}"' if self._is(Dtype.F32) else ""
         self.kept_score = score_where_kept(program)
-        self.bounded = not (isinstance(program.axes.kv_idx, Const))
 
     def _is(self, dtype: Dtype) -> bool:
         return any(self.program.decls[v.name].dtype is dtype for v in self.vectors.values())

@@ -14,19 +14,15 @@ from attncompiler.codegen.emission import (
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import Names, number, triton
 from attncompiler.ir.derivative import derivative
-from attncompiler.ir.expr import ONE, TRUE, Const, Dot, Expr, Read
+from attncompiler.ir.expr import ONE, TRUE, Const, Dot, Read
 from attncompiler.ir.program import Empty
 from attncompiler.templates import softmax_backward, softmax_forward
 
 
-def _slope(expr: Expr, wrt: Dot | Read) -> Expr:
-    return derivative(expr, wrt)
-
-
 def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
     """(tile of d loss / d wrt, constant factor still to be applied)."""
-    score = _slope(e.program.score if masked else e.kept_score, wrt)
-    adjust = _slope(e.program.adjust, wrt)
+    score = derivative(e.program.score if masked else e.kept_score, wrt)
+    adjust = derivative(e.program.adjust, wrt)
     nothing = Const(0.0)
     if adjust == nothing and isinstance(score, Const):
         return "ds", float(score.value)
@@ -71,13 +67,19 @@ def queries_source(e: Emission) -> str:
     ).replace("BLOCK_DV", str(e.value.block))  # fmt: skip
 
 
-def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
-    names = e.names(False, frozenset({"q_idx", "kv_idx"}))
+def _recomputed(e: Emission, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
+    """The score of a tile once more: names of the loop, the score, what multiplies it, the mask's line, and the loads it needs."""
+    names = e.names(outer.transposed, frozenset({"q_idx", "kv_idx"}))
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
     mask = e.mask_lines(names) if masked else ""
     loads = list(names.lines)
     names.lines.clear()
+    return names, score, scale, mask, loads
+
+
+def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
+    names, score, scale, mask, loads = _recomputed(e, outer, masked)
     lines = _ds_lines(e, names, False)
     for dot in lefts:
         text, factor = _gradient_text(e, names, dot, masked)
@@ -145,12 +147,7 @@ def keys_source(e: Emission) -> str:
 
 
 def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], columns: list[Read], factors: dict[str, float]) -> str:
-    names = e.names(True, frozenset({"q_idx", "kv_idx"}))
-    names.loaded = dict(outer.loaded)
-    score, scale = e.score(masked, names)
-    mask = e.mask_lines(names) if masked else ""
-    loads = list(names.lines)
-    names.lines.clear()
+    names, score, scale, mask, loads = _recomputed(e, outer, masked)
     value = e.value.name
     ds = _ds_lines(e, names, True)
     lines = []

@@ -197,8 +197,8 @@ _RULES: Mapping[str, Callable[..., tuple[str, str]]] = {
 }
 
 
-def emit_plan(program: Attention, row: str) -> tuple[str, list[str]]:
-    """The source of the kernel that plans the tiles of axis `row`, and the tensors that it reads.
+def emit_plan(program: Attention, row: str) -> str:
+    """The source of the kernel that plans the tiles of axis `row`.
 
     Raises: UnsupportedProgram for a predicate that no rule here bounds."""
     column = "kv_idx" if row == "q_idx" else "q_idx"
@@ -218,7 +218,6 @@ def emit_plan(program: Attention, row: str) -> tuple[str, list[str]]:
         empty_rows = f"coverage = tl.where({proved.lo}, coverage, 1)  # a row that may keep nothing sees every key"
     last = "(tile + 1) * COLUMN_BLOCK > N" if column == "kv_idx" else "(row + 1) * ROW_BLOCK > N"
     size = _SIZES[column]
-    tensors = list(dict.fromkeys(r.tensor for e in exprs for r in reads_of(e)))
     loop = fill(plan.COLUMN_LOOP, column_axis=column, column_size=size, column_values="\n".join(writer.loop_lines))
     text = fill(
         plan.KERNEL,
@@ -239,7 +238,7 @@ def emit_plan(program: Attention, row: str) -> tuple[str, list[str]]:
         ranges="\n".join(plan.RANGES.format(name=name, kind=kind) for name, kind in (("Full", 2), ("Partial", 1))),
     )
     used = "\n".join(HELPERS[helper] for helper in sorted(helpers))
-    return f"import triton\nimport triton.language as tl\n{used}\n{text}", tensors
+    return f"import triton\nimport triton.language as tl\n{used}\n{text}"
 
 
 def plan_parameters(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:

@@ -15,13 +15,6 @@ from attncompiler.ir.expr import AXES, Apply, Axis, Const, Dot, Expr, Read, Size
 Value = Tensor | bool | int | float
 
 
-def _both(tensor_op: Callable[..., Tensor], scalar_op: Callable[..., Value]) -> Callable[..., Value]:
-    def run(*args: Value) -> Value:
-        return tensor_op(*args) if any(isinstance(a, Tensor) for a in args) else scalar_op(*args)
-
-    return run
-
-
 def _as_tensor(value: Value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value)
 

@@ -222,10 +222,6 @@ def substitute(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
 # ---------------------------------------------------------------------------------------------- smart constructors
 
 
-def is_number(expr: Expr) -> bool:
-    return isinstance(expr, Const) and not isinstance(expr.value, bool)
-
-
 def _int(expr: Expr) -> int | None:
     return expr.value if isinstance(expr, Const) and type(expr.value) is int else None
 

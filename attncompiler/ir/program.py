@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from attncompiler.ir.expr import (
     AXES,
-    ONE,
     OPERATORS,
     TRUE,
     Apply,
@@ -213,6 +212,3 @@ def pair_axes(expr: Expr) -> tuple[bool, bool]:
     """Whether `expr` varies with q_idx, and whether it varies with kv_idx."""
     axes = axes_of(expr)
     return "q_idx" in axes, "kv_idx" in axes
-
-
-UNADJUSTED = ONE

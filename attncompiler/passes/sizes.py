@@ -50,11 +50,6 @@ def _from_sympy(expr: Any) -> Expr:
     raise Unrecognised(f"a size is computed as {expr}", why="the language has sums, products and floor divisions of sizes")
 
 
-def symbols_of(size: Extent) -> frozenset[str]:
-    """Names of the run-time integers in a size."""
-    return frozenset() if isinstance(size, int) else frozenset(str(symbol) for symbol in size.node.expr.free_symbols)
-
-
 class IndexSpace:
     """The axes that an index is written in, with their sizes: decides what a view does to an index."""
 

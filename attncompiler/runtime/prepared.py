@@ -76,7 +76,7 @@ class Launch:
         schedule: KernelSchedule, emission: Emission | None,
     ) -> None:  # fmt: skip
         values = {**constants, "BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
-        self._kernel, self._grid = kernel[grid], grid
+        self._kernel = kernel[grid]
         self._arguments = [values.get(name) for name in kernel.arg_names]
         self._pointers: list[tuple[int, str]] = []
         self._descriptors: list[tuple[int, str, dict[str, Any]]] = []
@@ -144,7 +144,7 @@ class Prepared:
         self.device = operands[program.sum.tensor].device
         self._positions = whole({}, sizes, self.extents, torch.float32, self.device).positions
         self._launches: dict[tuple[Any, ...], Launch] = {}
-        views = self._views(operands)
+        views = self.views(operands)
         self.gathers = any(view.gathered for view in views.values())
         self._vectors = {
             read: _Vectors(
@@ -172,7 +172,8 @@ class Prepared:
         """How many positions the vectors of a read go along; a view of length 1 shows one vector for all of them."""
         return self.extents[row_axis(self.program, read).name]
 
-    def _views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
+    def views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
+        """The vectors of every read of a call."""
         block = self.block(operands)
         return {r: view_vectors(r, operands[r.tensor], row_axis(self.program, r), block) for r in vector_reads(self.program)}
 
@@ -197,7 +198,7 @@ class Prepared:
         """The operands of a call under the names that kernels give them."""
         found = self._raw(operands)
         if self.gathers:
-            found |= {pointer_name(read.tensor): view.tensor for read, view in self._views(operands).items()}
+            found |= {pointer_name(read.tensor): view.tensor for read, view in self.views(operands).items()}
         else:
             found |= {pointer_name(read.tensor): vectors.show(operands[read.tensor]) for read, vectors in self._vectors.items()}
         return found
@@ -208,10 +209,6 @@ class Prepared:
             tensor = operands[decl.name]
             found[pointer_name(decl.name)] = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
         return found
-
-    def views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
-        """The vectors of every read of a call."""
-        return self._views(operands)
 
     # ------------------------------------------------------------------------------------------------------- kernels
 
@@ -226,25 +223,25 @@ class Prepared:
         """Launch one kernel of the program. `variant` tells apart what the layout of the operands leaves open (wanted gradients,
         strides of others); `describe` gives the kernel's layout and these strides, and is asked once for each variant."""
         schedule = _DELTA if name == "attention_delta" else getattr(self.schedule, name[len("attention_") :])
-        plan = None if self.static or schedule is _DELTA else self._plan(name, schedule, operands)[0]
         launch = self._launches.get((name, variant))
+        plan: Constants = {}
+        tiles = -(-self.extents["q_idx"] // schedule.block_m)
+        if schedule is not _DELTA and not (self.static and launch):
+            plan, tiles = self._plan(name, schedule, operands)
         if launch is None:
-            launch = self._launches[name, variant] = self._launch(name, schedule, *describe(), tensors, operands)
+            launch = self._launches[name, variant] = self._launch(name, schedule, *describe(), tensors, plan, tiles)
         launch(tensors, plan)
 
     def _launch(
         self, name: str, schedule: KernelSchedule, layout: Layout, constants: Constants, tensors: Mapping[str, Tensor],
-        operands: Mapping[str, Tensor],
+        plan: Constants, tiles: int,
     ) -> Launch:  # fmt: skip
         module = load_module(emit(self.program, self.schedule, layout))
-        emission = Emission(self.program, self.schedule, layout)
-        b, h, m = (self.extents[axis] for axis in ("b", "h", "q_idx"))
-        if name == "attention_delta":
-            grid = -(-m // schedule.block_m), b * h
-            return Launch(getattr(module, name), name, grid, {**self.constants, **constants}, tensors, schedule, None)
-        plan, tiles = self._plan(name, schedule, operands)
+        emission = None if schedule is _DELTA else Emission(self.program, self.schedule, layout)
+        b, h = self.extents["b"], self.extents["h"]
         rows = b * (h // shared_heads(self.program, self.groups)) if name == "attention_backward_keys" else b * h
-        fixed = {**self.constants, **constants, **{k: v for k, v in plan.items() if self.static or not isinstance(v, Tensor)}}
+        kept = {key: value for key, value in plan.items() if self.static or not isinstance(value, Tensor)}
+        fixed = {**self.constants, **constants, **kept}
         return Launch(getattr(module, name), name, (tiles, rows), fixed, tensors, schedule, emission)
 
     def _plan(self, name: str, schedule: KernelSchedule, operands: Mapping[str, Tensor]) -> tuple[Constants, int]:
@@ -275,7 +272,7 @@ class Prepared:
         tensors = {**self._raw(operands), **outputs, "Coverage": torch.empty(counts * width, dtype=torch.int8, device=self.device)}
         launch = self._launches.get(("plan", name))
         if launch is None:
-            source, _ = emit_plan(self.program, "kv_idx" if transposed else "q_idx")
+            source = emit_plan(self.program, "kv_idx" if transposed else "q_idx")
             kernel = getattr(load_module(source), "plan_columns" if transposed else "plan_rows")
             sizes = {
                 "PLAN_H": h if "h" in axes else 1,
