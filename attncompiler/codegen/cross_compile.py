@@ -16,7 +16,7 @@ import torch
 from attncompiler.codegen.emission import Emission, Layout, needed_kernels
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
-from attncompiler.codegen.triton_expr import pointer_name
+from attncompiler.codegen.triton_expr import pointer_name, stride_name
 from attncompiler.errors import OptionError
 from attncompiler.ir.program import Attention, Dtype
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
@@ -82,7 +82,7 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:
-        table = name.startswith(("Full", "Partial", "Order")) and not name.endswith("_ranges")
+        table = name.startswith(("Full", "Partial", "Order", "NextRow")) and not name.endswith("_ranges")
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
         elif block := emission.descriptor_block(kernel, name):
@@ -102,7 +102,8 @@ def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: 
 
     function: Any = getattr(module, name)
     signature = _signature(name, function.arg_names, emission)
-    unit = [n for n in function.arg_names if n.endswith("_channel")]  # contiguous channels, as nearly always
+    last = {stride_name(d.name, len(d.shape) - 1) for d in emission.program.tensors}
+    unit = [n for n in function.arg_names if n.endswith("_channel") or n in last]  # contiguous, as nearly always
     constants: dict[str, Any] = dict.fromkeys(unit, 1) | {
         n: v for n, v in (("BLOCK_M", schedule.block_m), ("BLOCK_N", schedule.block_n)) if n in signature
     }

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from attncompiler.codegen.text import fill
 from attncompiler.codegen.triton_expr import Names, pointer_name, size_names, triton
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import TRUE, Apply, Const, Dot, Expr, Read, axes_of, dots_of, reads_of
+from attncompiler.ir.expr import KV_IDX, TRUE, Apply, Const, Dot, Expr, Read, axes_of, dots_of, reads_of, with_axis_alone
 from attncompiler.ir.program import Attention, Dtype, Empty
-from attncompiler.passes.plan import score_where_kept
+from attncompiler.passes.plan import keeps_only_keys, score_where_kept
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
 LOG2E = math.log2(math.e)
@@ -92,6 +92,17 @@ class Emission:
     def has_warp_roles(self, kernel: str) -> bool:
         return self.schedule.warp_roles and kernel == "attention_forward"
 
+    @property
+    def whole_key_tiles(self) -> bool:
+        """True where the last key tile of the forward kernel with warp roles is not cut short, as far as is known."""
+        n = self.program.axes.kv_idx
+        return self.schedule.warp_roles and isinstance(n, Const) and int(n.value) % self.schedule.forward.block_n == 0
+
+    @property
+    def takes_tickets(self) -> bool:
+        """True where programs ask for their next row: rows differ in length, and only the device knows how much."""
+        return self.schedule.warp_roles and bool(reads_of(self.program.keep.predicate))
+
     def descriptor_block(self, kernel: str, name: str) -> tuple[int, int, int, int] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
         if not self.schedule.descriptors or kernel == "attention_delta":
@@ -117,7 +128,9 @@ class Emission:
     def products(self, transposed: bool) -> str:
         lines = []
         for dot, name in self.dot_names.items():
-            left, right = self.vectors[dot.left].name, self.vectors[dot.right].name
+            left, right = (self.vectors[read].name for read in (dot.left, dot.right))
+            if len({self.program.decls[vector].dtype for vector in (left, right)}) > 1:
+                left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"  # a product takes two of a kind
             first, second = (right, left) if transposed else (left, right)
             lines.append(f"{name} = tl.dot({first}, tl.trans({second}){self.precision})")
         return "\n".join(lines)
@@ -132,18 +145,8 @@ class Emission:
         expr = self.program.score if masked else self.kept_score
         if self.program.absorbs:
             return self.base2(triton(expr, names)), ""
-        if isinstance(expr, Dot):
-            return names.dots[expr], f" * {LOG2E!r}"
-        if (
-            isinstance(expr, Apply)
-            and expr.op in ("mul", "div")
-            and isinstance(expr.args[0], Dot)
-            and isinstance(expr.args[1], Const)
-        ):
-            factor = float(expr.args[1].value) if expr.op == "mul" else 1.0 / float(expr.args[1].value)
-            if factor > 0:  # the row maximum may be taken before scaling
-                return names.dots[expr.args[0]], f" * {factor * LOG2E!r}"
-        return triton(expr, names), f" * {LOG2E!r}"
+        expr, factor = without_factor(expr)
+        return triton(expr, names), f" * {factor * LOG2E!r}"
 
     def base2(self, text: str) -> str:
         """A score in base-2 units; a finite mask must not overflow on the way."""
@@ -161,10 +164,11 @@ class Emission:
 
     def mask_lines(self, names: Names) -> str:
         """What makes the scores of a partial tile -inf outside `keep` and outside the tensors."""
+        keep, axes = self.program.keep, self.program.axes
         tests = [f"({names.axis('kv_idx')} < N)"]
-        keep = self.program.keep
         if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
-            tests.insert(0, triton(keep.predicate, names))
+            ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
+            tests = [triton(with_axis_alone(keep.predicate, KV_IDX), names), *([] if ends else tests)]
         return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))'
 
     def element_reads(self, extra: bool) -> list[Read]:
@@ -184,11 +188,24 @@ class Emission:
         return "\n".join(lines)
 
     def plan_row(self, tile: str, tiles: str) -> str:
+        """Where the plan of a row of tiles lies; rows come in the order of launch."""
         axes = axes_of(self.program.keep.predicate)
         if "b" in axes:
             batch = "b * H + h" if "h" in axes else "b"
             return f"({batch}) * {tiles} + {tile}"
         return f"h * {tiles} + {tile}" if "h" in axes else tile
+
+
+def without_factor(expr: Expr) -> tuple[Expr, float]:
+    """`expr` as a rest times a positive constant: the row maximum may be taken before scaling."""
+    factor = 1.0
+    while isinstance(expr, Apply) and expr.op in ("mul", "div") and isinstance(expr.args[1], Const) and axes_of(expr):
+        value = float(expr.args[1].value)
+        if not 0.0 < value < math.inf:
+            break
+        factor = factor * value if expr.op == "mul" else factor / value
+        expr = expr.args[0]
+    return expr, factor
 
 
 def program_dots(program: Attention) -> tuple[Dot, ...]:
@@ -287,6 +304,7 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
         parameters += [f"Grad_{tag}" for tag in tags]
     for name in ("Full", "Partial"):
         parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
+    parameters += ["NextRow"] if kernel == "forward" and e.takes_tickets else []
     return [*parameters, "Order", "H", "M", "N", *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
 
 

@@ -112,7 +112,7 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
         precision=e.precision,
     ).replace("tl.trans(v)", f"tl.trans({e.value.name})")
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("q_tile", "tl.cdiv(M, BLOCK_M)"))
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
 
 
 def keys_source(e: Emission) -> str:
@@ -182,7 +182,7 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, e.plan_row("kv_tile", "tl.cdiv(N, BLOCK_N)"))
+    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
 
 
 def _scaled(text: str, factor: float) -> str:

@@ -75,4 +75,4 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
         precision=e.precision,
     ).replace("v.dtype), v,", f"{e.value.name}.dtype), {e.value.name},")
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("q_tile", "tl.cdiv(M, BLOCK_M)"))
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))

@@ -20,8 +20,9 @@ REGISTERS = 168  # a thread's share of 64K over 12 warps; the groups that comput
 _TANH = '''
 @gluon.jit
 def tanh(x):
-    """From one exponential; exact at both ends."""
-    return 1.0 - 2.0 / (1.0 + gl.exp(2.0 * x))
+    """1 - 2 / (1 + exp(2 x)), exact at both ends; the quotient to the last bit but one."""
+    assembly: gl.constexpr = "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+    return 1.0 - 2.0 * gl.inline_asm_elementwise(assembly, "=r,r", [x * 2.8853900817779268], dtype=gl.float32, is_pure=True, pack=1)
 '''
 
 
@@ -35,8 +36,8 @@ def hopper_forward_source(e: Emission) -> str:
     q, k, v = (e.vectors[read] for read in vector_reads(e.program))
     names = e.names(False, frozenset({"q_idx"}))
     before = e.preload(names, frozenset({"b", "h", "q_idx"}), extra=True)
-    masked, masked_scale = _scores(e, names.loaded, True)
-    full, scale = _scores(e, names.loaded, False)
+    masked_reads, masked, masked_scale = _scores(e, names.loaded, True)
+    reads, full, scale = _scores(e, names.loaded, False)
     extra = []
     for expr in e.program.weigh.extra:
         text = triton(expr, names).replace("[:, None]", "")
@@ -50,29 +51,30 @@ def hopper_forward_source(e: Emission) -> str:
         ]
     dtype = {Dtype.BF16: "gl.bfloat16", Dtype.F16: "gl.float16"}[e.program.value.dtype]
     parameters = parameters_of(e, "forward")
-    passed = [name for name in parameters if not name.startswith(("Full", "Partial", "Order", "stride_o_", "BLOCK_"))]
+    passed = [name for name in parameters if not name.startswith(("Full", "Partial", "Order", "NextRow", "stride_o_", "BLOCK_"))]
     passed = [name for name in passed if name not in ("O", "Lse", *(pointer_name(x.name) for x in (q, k, v)))]
-    tile = {
-        name: fill(hopper_forward.TILE, scores=scores, scale=factor)
-        for name, scores, factor in (("partial", masked, masked_scale), ("full", full, scale))
-    }
+    partial_tile = fill(hopper_forward.TILE, reads=masked_reads, scores=masked, scale=masked_scale)
+    full_tile = fill(hopper_forward.TILE, reads=reads, scores=full, scale=scale)
     text = fill(
         hopper_forward.KERNEL,
-        parameters=signature([name for name in parameters if not name.startswith(("BLOCK_", "stride_o_"))]),
+        parameters=signature(["B", *(name for name in parameters if not name.startswith(("BLOCK_", "stride_o_")))]),
         operands=", ".join(passed),
         before=before,
+        masked_reads=masked_reads,
         masked_scores=masked,
         masked_scale=masked_scale,
-        partial_tile=tile["partial"],
-        full_tile=tile["full"],
+        partial_tile=partial_tile,
+        full_tile=full_tile,
         extra_scores="\n".join(extra),
         denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.empty is Empty.ZERO else "l_i",
-        plan_row=e.plan_row("q_tile", "tl.cdiv(M, BLOCK_M)"),
+        plan_row=e.plan_row("rank", "q_tiles"),
         Q=pointer_name(q.name),
         K=pointer_name(k.name),
         V=pointer_name(v.name),
         k_head="h" if k.group == 1 else f"h // {k.group}",
         v_head="h" if v.group == 1 else f"h // {v.group}",
+        next_item="item = gl.atomic_add(NextRow, 1) + step" if e.takes_tickets else "item += step",
+        next_row="NextRow" if e.takes_tickets else "None",
         ln2=repr(math.log(2)),
     )
     schedule = e.schedule.forward
@@ -92,10 +94,12 @@ def hopper_forward_source(e: Emission) -> str:
     return hopper_forward.IMPORTS + "\n" + text.replace("tl.", "gl.")
 
 
-def _scores(e: Emission, loaded: dict[Expr, str], masked: bool) -> tuple[str, str]:
-    """Lines that make `scores` of a tile from its products, and what multiplies them into base-2 units."""
-    names = e.names(False, frozenset({"q_idx", "kv_idx"}) if masked else frozenset({"q_idx"}))
+def _scores(e: Emission, loaded: dict[Expr, str], masked: bool) -> tuple[str, str, str]:
+    """Lines that read single elements, lines that make `scores` of a tile, and what multiplies these into base-2 units."""
+    beyond = {"q_idx"} | ({"kv_idx"} if masked and not e.whole_key_tiles else set())
+    names = e.names(False, frozenset(beyond))
     names.loaded = dict(loaded)
+    names.tiles = {"kv_idx": ("kv_start", "keys")}
     score, scale = e.score(masked, names)
     mask = e.mask_lines(names) if masked else ""
-    return "\n".join([*names.lines, f"scores = {score}", *([mask] if mask else [])]), scale
+    return "\n".join(names.lines), "\n".join([f"scores = {score}", *([mask] if mask else [])]), scale

@@ -12,7 +12,7 @@ from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import HELPERS, Names, number, pointer_name, size_names, triton
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import Apply, Axis, Const, Expr, Kind, Size, axes_of, reads_of
-from attncompiler.ir.program import Attention, Empty, kind_of
+from attncompiler.ir.program import Attention, Dtype, Empty, kind_of
 from attncompiler.passes.plan import kept_by_witness
 from attncompiler.templates import plan
 
@@ -47,6 +47,7 @@ class _Writer:
     row_lines: list[str] = field(default_factory=list)
     start_lines: list[str] = field(default_factory=list)
     loop_lines: list[str] = field(default_factory=list)
+    end_lines: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     memo: dict[Expr, _Bounds] = field(default_factory=dict)
 
@@ -98,16 +99,27 @@ class _Writer:
         if kind is Kind.BOOL:
             value, low, high, dtype = f"({value}).to(tl.int32)", "1", "0", "tl.int32"
         elif kind is Kind.INT:
-            value, low, high, dtype = f"({value}).to(tl.int64)", str(2**62), str(-(2**62)), "tl.int64"
+            wide = any(self.program.decls[read.tensor].dtype is Dtype.I64 for read in reads_of(expr))
+            bits = 64 if wide else 32
+            value, low, high, dtype = (
+                f"({value}).to(tl.int{bits})",
+                str(2 ** (bits - 1) - 1),
+                str(-(2 ** (bits - 1))),
+                f"tl.int{bits}",
+            )
         else:
             low, high, dtype = 'float("inf")', 'float("-inf")', "tl.float32"
-        self.start_lines += [f"{name}_lo = tl.full([TILES], {low}, {dtype})", f"{name}_hi = tl.full([TILES], {high}, {dtype})"]
+        self.start_lines += [
+            f"{name}_{end} = tl.full([TILES, COLUMNS], {start}, {dtype})" for end, start in (("lo", low), ("hi", high))
+        ]
         self.loop_lines.append(f"{name} = {value}")
         below, above = self._without_nan(name, kind)
         self.loop_lines += [
-            f"{name}_lo = tl.minimum({name}_lo, tl.min({below}, 1))",
-            f"{name}_hi = tl.maximum({name}_hi, tl.max({above}, 1))",
+            f"{name}_lo = tl.minimum({name}_lo, {below})",
+            f"{name}_hi = tl.maximum({name}_hi, {above})",
         ]
+        widen = ".to(tl.int64)" if kind is Kind.INT else ""  # what follows may add and subtract
+        self.end_lines += [f"{name}_lo = tl.min({name}_lo, 1){widen}", f"{name}_hi = tl.max({name}_hi, 1){widen}"]
         test = " != 0" if kind is Kind.BOOL else ""
         return _Bounds(f"({name}_lo{test})", f"({name}_hi{test})", kind)
 
@@ -230,6 +242,7 @@ def emit_plan(program: Attention, row: str) -> str:
         row_values="\n".join(writer.row_lines),
         column_start="\n".join(writer.start_lines),
         column_loop=loop if writer.loop_lines else "",
+        column_end="\n".join(writer.end_lines),
         bounds="\n".join(writer.lines),
         may=f"({whole.hi})",
         sure=f"({whole.lo})",
@@ -250,8 +263,8 @@ def plan_parameters(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
     sizes = size_names(program, exprs)
     for name in ("Full", "Partial"):
         found += [f"{name}Count", f"{name}Begin", f"{name}End"]
-    constants = [f"{name}: tl.constexpr" for name in ("PLAN_H", "RANGES", "ROW_BLOCK", "COLUMN_BLOCK", "TILES")]
-    return [*found, "Coverage", "M", "N", *sizes, *constants]
+    constants = [f"{name}: tl.constexpr" for name in ("PLAN_H", "RANGES", "ROW_BLOCK", "COLUMN_BLOCK", "COLUMNS", "TILES")]
+    return [*found, "Order", "NextRow", "M", "N", *sizes, *constants]
 
 
 def has_plan_kernel(program: Attention) -> bool:

@@ -7,7 +7,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import OPERATORS, Apply, Axis, Const, Dot, Expr, Kind, Read, Size, Uniform, axes_of, reads_of, walk
+from attncompiler.ir.expr import (
+    OPERATORS,
+    Apply,
+    Axis,
+    Const,
+    Dot,
+    Expr,
+    Kind,
+    Read,
+    Size,
+    Uniform,
+    axes_of,
+    dots_of,
+    reads_of,
+    walk,
+)
 from attncompiler.ir.program import Attention, kind_of
 from attncompiler.ir.text import expr_text
 
@@ -34,6 +49,7 @@ class Names:
     lines: list[str] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)
     prefix: str = ""  # of the variables that hold reads
+    tiles: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # axis -> where its tile starts, positions within it
 
     def along(self, axis: str) -> str:
         """The subscript that lays a vector of this axis across a tile of scores."""
@@ -100,6 +116,8 @@ def _apply(expr: Apply, names: Names) -> str:
         return f"{_CALLS[expr.op]}({', '.join(args)})"
     if len(args) == 1:
         return f"({symbol}{args[0]})"
+    if expr.op == "div" and isinstance(expr.args[1], Const) and dots_of(expr) and float(expr.args[1].value) != 0.0:
+        return f"({args[0]} * {1.0 / float(expr.args[1].value)!r})"  # a division is eight instructions
     return f"({args[0]} {symbol} {args[1]})"
 
 
@@ -137,8 +155,12 @@ def element_address(read: Read, names: Names) -> tuple[str, str]:
         if not _surely_inside(entry, extent, names.program):  # a branch of `where` that is not taken may point outside
             text = f"tl.minimum(tl.maximum({text}, 0), {_write(extent, names)} - 1)"
         if text != "0":
-            wide = f"({text}).to(tl.int64)" if axes_of(entry) else text
-            terms.append(f"{wide} * {stride_name(read.tensor, place)}")
+            stride = stride_name(read.tensor, place)
+            if isinstance(entry, Axis) and entry.name in names.tiles and text == names.axis(entry.name):
+                start, within = names.tiles[entry.name]  # one address for the tile; offsets that the assembler can fold
+                terms += [f"({start}).to(tl.int64) * {stride}", f"({within}{names.along(entry.name)}).to(tl.int64) * {stride}"]
+            else:
+                terms.append(f"({text}).to(tl.int64) * {stride}" if axes_of(entry) else f"{text} * {stride}")
     axes = axes_of(read)
     tests = []
     if "q_idx" in axes and "q_idx" in names.bounds:

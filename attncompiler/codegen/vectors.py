@@ -78,7 +78,7 @@ def view_vectors(read: Read, tensor: Tensor, row: Axis, block: Block) -> VectorV
     simple = _places(read, row)
     extents = block.extents
     if simple is None or (row not in simple[0] and extents[row.name] != 1):
-        gathered = Block({read.tensor: tensor}, block.sizes, extents, block.positions, block.dtype)
+        gathered = Block({read.tensor: tensor}, block.sizes, extents, block.positions, tensor.dtype)
         return VectorView(gathered.vectors(read).squeeze(2 if row == KV_IDX else 3), 1, True)
     found, group = simple
     for place in reversed(range(len(read.index))):

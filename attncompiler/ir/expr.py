@@ -359,6 +359,25 @@ def apply(op: str, *args: Expr) -> Expr:
     return Apply(op, args)
 
 
+_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
+
+
+def with_axis_alone(expr: Expr, axis: Axis) -> Expr:
+    """Every comparison of integers in `expr` with `axis` by itself on the left, where it can be: q - kv <= 7 as kv >= q - 7."""
+
+    def visit(node: Expr) -> Expr | None:
+        if not (isinstance(node, Apply) and node.op in _MIRRORED and all(surely_int(arg) for arg in node.args)):
+            return None
+        terms, constant = _linear(Apply("sub", node.args))
+        sign = terms.pop(axis, 0)
+        if abs(sign) != 1 or any(axis.name in axes_of(term) for term in terms):
+            return None
+        rest = _from_linear({term: -sign * factor for term, factor in terms.items()}, -sign * constant)
+        return Apply(node.op if sign == 1 else _MIRRORED[node.op], (axis, rest))
+
+    return transform(expr, visit)
+
+
 def _choose_constants(op: str, args: tuple[Expr, ...]) -> Expr | None:
     """op(where(c, 1.0, 0.0), 2) is where(c, op(1.0, 2), op(0.0, 2)): masks made of numbers stay masks."""
     picks = [arg for arg in args if isinstance(arg, Apply) and arg.op == "where"]

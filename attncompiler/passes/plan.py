@@ -21,8 +21,11 @@ from attncompiler.ir.expr import (
     KV_IDX,
     Q_IDX,
     TRUE,
+    Apply,
     Const,
     Expr,
+    Kind,
+    Read,
     Size,
     apply,
     axes_of,
@@ -30,9 +33,11 @@ from attncompiler.ir.expr import (
     reads_of,
     sub,
     substitute,
+    transform,
+    walk,
 )
 from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention, Empty, Keep
+from attncompiler.ir.program import Attention, Empty, Keep, TensorDecl, kind_of
 from attncompiler.passes.intervals import Tiles
 
 
@@ -99,6 +104,10 @@ class TilePlan:
     def transposed(self) -> TilePlan:
         """The same plan with the query tiles of every key tile: the order of the backward for keys and values."""
         return _transposed(self)
+
+    def rows_in(self, order: Tensor) -> TilePlan:
+        """The same plan with its rows in another order."""
+        return TilePlan(self.block_q, self.block_kv, self.coverage.index_select(2, order))
 
 
 @functools.lru_cache(maxsize=256)
@@ -263,7 +272,34 @@ def proved_nonempty(program: Attention, sizes: Mapping[str, int], extents: Mappi
     if predicate == TRUE:
         return extents["kv_idx"] > 0
     shape = tuple(extents[axis.name] for axis in AXES)
-    return not reads_of(predicate) and _keeps_in_every_row(_with_sizes(predicate, program, sizes), shape)
+    predicate = _with_sizes(predicate, program, sizes)
+    if extents["q_idx"] <= extents["kv_idx"]:
+        diagonal = _on_the_diagonal(predicate, program.decls)  # of documents and the like only what no tensor decides is left
+        if not reads_of(diagonal) and _keeps_in_every_row(diagonal, shape):
+            return True
+    return not reads_of(predicate) and _keeps_in_every_row(predicate, shape)
+
+
+def _on_the_diagonal(predicate: Expr, decls: Mapping[str, TensorDecl]) -> Expr:
+    """The predicate for the key of the query's own number; all but NaN equals itself."""
+
+    def visit(node: Expr) -> Expr | None:
+        alike = isinstance(node, Apply) and node.op in ("eq", "le", "ge") and node.args[0] == node.args[1]
+        return TRUE if alike and kind_of(node.children[0], decls) is not Kind.FLOAT else None
+
+    return transform(substitute(predicate, {KV_IDX: Q_IDX}), visit)
+
+
+@functools.lru_cache(maxsize=512)
+def keeps_only_keys(predicate: Expr, m: Expr, n: Expr) -> bool:
+    """True where a query in [0, m) keeps no position from n on, as under a causal mask of a square: the end needs no test."""
+    if not (isinstance(m, Const) and isinstance(n, Const) and min(int(m.value), int(n.value)) > 0):
+        return False
+    rows, keys = int(m.value), int(n.value)
+    block = whole({}, {}, {"b": 1, "h": 1, "q_idx": rows, "kv_idx": 2 * keys}, torch.float64, torch.device("cpu"))
+    fixed = [part for part in conjuncts(predicate) if not any(isinstance(node, Read | Size) for node in walk(part))]
+    beyond = Tiles(block, rows, keys, torch.tensor([0]), torch.tensor([1]))
+    return any(not bool(beyond(part).hi.any()) for part in fixed if axes_of(part) <= {"q_idx", "kv_idx"})
 
 
 @functools.lru_cache(maxsize=512)

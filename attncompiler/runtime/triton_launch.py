@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from attncompiler.codegen import portable
-from attncompiler.codegen.emission import Layout, element_gradients, needed_kernels, side_of, vector_reads
+from attncompiler.codegen.emission import Layout, vector_reads
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.vectors import head_group, poison_empty_heads
 from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention
-from attncompiler.runtime.gradients import Gradients, pair_bytes, room
-from attncompiler.runtime.prepared import describable, prepare
+from attncompiler.runtime.gradients import Gradients, pair_bytes, places_of, room
+from attncompiler.runtime.launch import describable
+from attncompiler.runtime.prepared import prepare
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS
 
@@ -69,13 +70,14 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients of the operands in `wanted`."""
     call = prepare(program, operands, sizes)
-    large = {read.tensor for read in element_gradients(program, wanted) if side_of(read) == "pair"}
+    places = places_of(call, operands, wanted)
+    large = places.large
     if large and pair_bytes(call) * len(large) > room(call.device) / 2:
         # the kernels sum these from a buffer with one number for each pair; without the memory for it, tile after tile in torch
         log.warning(
             "%s: gradients of %s are summed without a kernel: too little memory", program.origin.line, ", ".join(sorted(large))
         )
-        found = portable.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, frozenset(large))
+        found = portable.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, large)
         return found | backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted - large)
     if call.schedule.descriptors and not describable(grad_o):
         grad_o = grad_o.contiguous()
@@ -83,19 +85,18 @@ def backward(
     tensors = {**call.pointers(operands), "O": o, "DO": grad_o, "Lse": lse, "Rcp": rcp, "Delta": delta, "Reference": reference}
     if grad_lse is not None:
         tensors["DLse"] = grad_lse.contiguous()
-    sums = Gradients(call, operands, wanted)
+    sums = Gradients(call, operands, wanted, places)
     tensors |= sums.tensors
     variant = (wanted, grad_lse is None, grad_o.stride())
 
     def describe() -> tuple[Layout, Mapping[str, int]]:
         layout = Layout(call.groups, wanted, grad_lse is not None)
-        return layout, {**_strides("o", o), **_strides("do", grad_o), **sums.strides}
+        return layout, {**_strides("o", o), **_strides("do", grad_o), **places.strides}
 
     if o.numel():
-        kernels = needed_kernels(program, wanted) if call.extents["kv_idx"] else ()
-        for name in ("delta", *(f"backward_{side}" for side in ("queries", "keys") if side in kernels)):
-            call.run(f"attention_{name}", variant, tensors, operands, describe)
+        for name in places.kernels:
+            call.run(name, variant, tensors, operands, describe)
     found = sums.finish(lse, rcp, delta)
-    if program.sum.tensor in wanted:
+    if program.sum.tensor in wanted and call.may_keep_nothing:
         poison_empty_heads(program, call.block(operands), lse, found[program.sum.tensor])
     return found

@@ -2,7 +2,8 @@
 
 The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones. Each group
 owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the softmax: so one
-group's softmax runs while the other group's products do.
+group's softmax runs while the other group's products do. Each program takes every `num_programs`-th row of query tiles; with fewer
+programs than rows, the loads of the next row run under the end of the last.
 """
 
 KERNEL = '''
@@ -25,14 +26,45 @@ def _row_sums(p):
 
 
 @gluon.jit
-def _first(begin, r, empty):
-    """Where range r begins. A row with no tile visits tile 0, of which it keeps nothing."""
-    return gl.where(empty, 0, gl.load(begin + r))
+def _row(item, tables, sizes):
+    """One row of query tiles: where it lies, and the first range of either kind of tile; all is read at once."""
+    order, full_count, full_begin, full_end, full_ranges, partial_count, partial_begin, partial_end, partial_ranges = tables
+    H, M = sizes
+    q_tiles = gl.cdiv(M, BLOCK_M)
+    b = item // q_tiles // H
+    h = item // q_tiles % H
+    rank = item % q_tiles
+    plan_row = {plan_row}
+    full_at = plan_row * full_ranges
+    partial_at = plan_row * partial_ranges
+    q_tile = gl.load(order + rank)
+    fulls = gl.load(full_count + plan_row)
+    partials = gl.load(partial_count + plan_row)
+    full_first = gl.load(full_begin + full_at)
+    full_last = gl.load(full_end + full_at)
+    partial_first = gl.load(partial_begin + partial_at)
+    partial_last = gl.load(partial_end + partial_at)
+    empty = fulls + partials == 0  # a row with no tile visits tile 0, of which it keeps nothing
+    partials = gl.where(empty, 1, partials)
+    partial_first = gl.where(empty, 0, partial_first)
+    partial_last = gl.where(empty, 1, partial_last)
+    return b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last
 
 
 @gluon.jit
-def _last(end, r, empty):
-    return gl.where(empty, 1, gl.load(end + r))
+def _post(row, message):
+    """Write the numbers of a row where the groups read them."""
+    WORDS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    places = gl.arange(0, 16, WORDS)
+    words = gl.full([16], row[0], gl.int32, WORDS)
+    for i in gl.static_range(1, 11):
+        words = gl.where(places == i, row[i], words)
+    message.store(words)
+
+
+@gluon.jit
+def _word(words, places, i: gl.constexpr):
+    return gl.sum(gl.where(places == i, words, 0), 0)
 
 
 @gluon.jit
@@ -50,120 +82,174 @@ def _load_tile({K}, {V}, rings, barriers, at, slot, phase):
 
 
 @gluon.jit
-def _loads({Q}, {K}, {V}, q_buffers, q_ready, rings, barriers, plan, sizes):
-    empty, full_count, full_begin, full_end, partial_count, partial_begin, partial_end = plan
-    q_tile, b, h = sizes
-    for group in gl.static_range(2):
-        mbarrier.expect(q_ready.index(group), {Q}.block_type.nbytes)
-        tma.async_copy_global_to_shared({Q}, [b, h, q_tile * BLOCK_M + group * 64, 0], q_ready.index(group), q_buffers.index(group))
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
+    q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
+    item, last, step, NextRow = items
+    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
-    for r in range(partial_count):
-        for tile in range(_first(partial_begin, r, empty), _last(partial_end, r, empty)):
-            slot, phase = _load_tile({K}, {V}, rings, barriers, (b, h, tile), slot, phase)
-    for r in range(full_count):
-        for tile in range(gl.load(full_begin + r), gl.load(full_end + r)):
-            slot, phase = _load_tile({K}, {V}, rings, barriers, (b, h, tile), slot, phase)
+    turn = 0
+    while item < last:
+        row = _row(item, tables, sizes)
+        {next_item}
+        b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last = row
+        mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+        _post(row, messages.index(turn % 2))
+        mbarrier.arrive(row_ready.index(turn % 2))
+        for group in gl.static_range(2):
+            at = turn % 2 * 2 + group
+            mbarrier.wait(q_free.index(at), (turn // 2 + 1) % 2)
+            mbarrier.expect(q_ready.index(at), {Q}.block_type.nbytes)
+            tma.async_copy_global_to_shared({Q}, [b, h, q_tile * BLOCK_M + group * 64, 0], q_ready.index(at), q_buffers.index(at))
+        for r in range(partials):
+            if r > 0:
+                partial_first = gl.load(PartialBegin + partial_at + r)
+                partial_last = gl.load(PartialEnd + partial_at + r)
+            for tile in range(partial_first, partial_last):
+                slot, phase = _load_tile({K}, {V}, rings, barriers, (b, h, tile), slot, phase)
+        for r in range(fulls):
+            if r > 0:
+                full_first = gl.load(FullBegin + full_at + r)
+                full_last = gl.load(FullEnd + full_at + r)
+            for tile in range(full_first, full_last):
+                slot, phase = _load_tile({K}, {V}, rings, barriers, (b, h, tile), slot, phase)
+        turn += 1
+    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0), messages.index(turn % 2))  # no more
+    mbarrier.arrive(row_ready.index(turn % 2))
 
 
 @gluon.jit
-def _rows(O, Lse, q_buffers, q_ready, rings, barriers, plan, sizes, operands, GROUP: gl.constexpr):
-    empty, full_count, full_begin, full_end, partial_count, partial_begin, partial_end = plan
-    q_tile, b, h = sizes
+def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexpr):
+    q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
+    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
     k_ring, v_ring = rings
     k_ready, k_free, v_ready, v_free = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {d}, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    q_idx = q_tile * BLOCK_M + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
     keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     nothing = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
-    q_buffer = q_buffers.index(GROUP)
-    m_i = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))  # finite: a row without keys yet makes no NaN
-    acc = gl.zeros([64, {d}], gl.float32, OUTPUT)
-    {before}
-    mbarrier.wait(q_ready.index(GROUP), 0)
-    q = q_buffer.reshape([64, {d}]).load(gl.DotOperandLayout(0, SCORES, 2))
     k_slot = 0
     k_phase = 0
     v_slot = 0
     v_phase = 0
-    # the first tile has no values before it; it is masked whether or not it must be
-    first = gl.where(partial_count > 0, _first(partial_begin, 0, empty), gl.load(full_begin))
-    kv_idx = first * BLOCK_N + keys
-    mbarrier.wait(k_ready.index(k_slot), k_phase)
-    qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    qk = warpgroup_mma_wait(0, (qk,))
-    mbarrier.arrive(k_free.index(k_slot))
-    k_slot, k_phase = _next_slot(k_slot, k_phase)
-    {masked_scores}
-    m_i = gl.maximum(m_i, gl.max(scores, 1){masked_scale})
-    p = _exp2(scores{masked_scale} - m_i[:, None])
-    l_i = _row_sums(p)
-    weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
-    # tiles at an edge of the mask or of the tensors
-    for r in range(partial_count):
-        for tile in range(_first(partial_begin, r, empty) + (r == 0).to(gl.int32), _last(partial_end, r, empty)):
-            {partial_tile}
-    # tiles whose every pair is kept
-    skip = (partial_count == 0).to(gl.int32)
-    for r in range(full_count):
-        for tile in range(gl.load(full_begin + r) + skip * (r == 0).to(gl.int32), gl.load(full_end + r)):
-            {full_tile}
-    mbarrier.wait(v_ready.index(v_slot), v_phase)
-    acc = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, (acc,))
-    l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, SCORES))
-    {extra_scores}
-    rcp = 1.0 / {denominator}
-    out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
-    q_buffer.reshape([64, {d}]).store(out.to({dtype}))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(O, [b, h, q_tile * BLOCK_M + GROUP * 64, 0], q_buffer)
-    gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, (m_i + gl.log2(l_i)) * {ln2}, mask=q_idx < M)
+    turn = 0
+    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])  # each thread holds all words
+    places = gl.arange(0, 16, EVERYWHERE)
+    mbarrier.wait(row_ready.index(0), 0)
+    words = messages.index(0).load(EVERYWHERE)
+    while _word(words, places, 0) >= 0:
+        b = _word(words, places, 0)
+        h = _word(words, places, 1)
+        q_tile = _word(words, places, 2)
+        fulls = _word(words, places, 3)
+        full_at = _word(words, places, 4)
+        full_first = _word(words, places, 5)
+        full_last = _word(words, places, 6)
+        partials = _word(words, places, 7)
+        partial_at = _word(words, places, 8)
+        partial_first = _word(words, places, 9)
+        partial_last = _word(words, places, 10)
+        mbarrier.arrive(row_free.index(turn % 2))
+        q_idx = q_tile * BLOCK_M + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+        q_at = turn % 2 * 2 + GROUP
+        q_buffer = q_buffers.index(q_at)
+        q = q_buffer.reshape([64, {d}])
+        m_i = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))  # finite: a row without keys yet makes no NaN
+        acc = gl.zeros([64, {d}], gl.float32, OUTPUT)
+        {before}
+        # the first tile has no values before it; it is masked whether or not it must be
+        kv_start = gl.where(partials > 0, partial_first, full_first) * BLOCK_N
+        kv_idx = kv_start + keys
+        {masked_reads}
+        mbarrier.wait(q_ready.index(q_at), turn // 2 % 2)
+        mbarrier.wait(k_ready.index(k_slot), k_phase)
+        qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        tma.store_wait(0)  # of the row before, which went out through the other buffer
+        mbarrier.arrive(q_free.index((turn + 1) % 2 * 2 + GROUP), pred=turn > 0)
+        qk = warpgroup_mma_wait(0, (qk,))
+        mbarrier.arrive(k_free.index(k_slot))
+        k_slot, k_phase = _next_slot(k_slot, k_phase)
+        {masked_scores}
+        m_i = gl.maximum(m_i, gl.max(scores, 1){masked_scale})
+        p = _exp2(scores{masked_scale} - m_i[:, None])
+        l_i = _row_sums(p)
+        weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
+        # tiles at an edge of the mask or of the tensors
+        for r in range(partials):
+            if r > 0:
+                partial_first = gl.load(PartialBegin + partial_at + r)
+                partial_last = gl.load(PartialEnd + partial_at + r)
+            for tile in range(partial_first + (r == 0).to(gl.int32), partial_last):
+                {partial_tile}
+        # tiles whose every pair is kept
+        skip = (partials == 0).to(gl.int32)
+        for r in range(fulls):
+            if r > 0:
+                full_first = gl.load(FullBegin + full_at + r)
+                full_last = gl.load(FullEnd + full_at + r)
+            for tile in range(full_first + skip * (r == 0).to(gl.int32), full_last):
+                {full_tile}
+        mbarrier.wait(v_ready.index(v_slot), v_phase)
+        acc = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(v_free.index(v_slot))
+        v_slot, v_phase = _next_slot(v_slot, v_phase)
+        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, SCORES))
+        {extra_scores}
+        rcp = 1.0 / {denominator}
+        out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
+        q_buffer.reshape([64, {d}]).store(out.to({dtype}))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(O, [b, h, q_tile * BLOCK_M + GROUP * 64, 0], q_buffer)
+        gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, (m_i + gl.log2(l_i)) * {ln2}, mask=q_idx < M)
+        turn += 1
+        mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
+        words = messages.index(turn % 2).load(EVERYWHERE)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention_forward({parameters}):
-    q_tile = gl.load(Order + gl.program_id(0))
-    b = gl.program_id(1) // H
-    h = gl.program_id(1) % H
-    plan_row = {plan_row}
-    full_count = gl.load(FullCount + plan_row)
-    partial_count = gl.load(PartialCount + plan_row)
-    empty = full_count + partial_count == 0
-    partial_count = gl.where(empty, 1, partial_count)
-    q_buffers = gl.allocate_shared_memory({dtype}, [2, 1, 1, 64, {d}], {Q}.layout)
+    q_buffers = gl.allocate_shared_memory({dtype}, [4, 1, 1, 64, {d}], {Q}.layout)  # two for each group
     k_ring = gl.allocate_shared_memory({dtype}, [{stages}, 1, 1, BLOCK_N, {d}], {K}.layout)
     v_ring = gl.allocate_shared_memory({dtype}, [{stages}, 1, 1, BLOCK_N, {d}], {V}.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    messages = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(row_ready.index(i), count=1)
+        mbarrier.init(row_free.index(i), count=2)
     for i in gl.static_range({stages}):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
+    queries = (q_buffers, q_ready, q_free, messages, row_ready, row_free)
     rings = (k_ring, v_ring)
     barriers = (k_ready, k_free, v_ready, v_free)
-    full_at = plan_row * Full_ranges
-    partial_at = plan_row * Partial_ranges
-    partial = (partial_count, PartialBegin + partial_at, PartialEnd + partial_at)
-    plan = (empty, full_count, FullBegin + full_at, FullEnd + full_at) + partial
-    sizes = (q_tile, b, h)
+    full = (FullCount, FullBegin, FullEnd, Full_ranges)
+    tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges)
+    items = (gl.program_id(0), B * H * gl.cdiv(M, BLOCK_M), gl.num_programs(0), {next_row})
+    sizes = (H, M)
     operands = ({operands})
     gl.warp_specialize(
         [
-            (_rows, (O, Lse, q_buffers, q_ready, rings, barriers, plan, sizes, operands, 0)),
-            (_rows, (O, Lse, q_buffers, q_ready, rings, barriers, plan, sizes, operands, 1)),
-            (_loads, ({Q}, {K}, {V}, q_buffers, q_ready, rings, barriers, plan, sizes)),
+            (_rows, (O, Lse, queries, rings, barriers, tables, operands, 0)),
+            (_rows, (O, Lse, queries, rings, barriers, tables, operands, 1)),
+            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes)),
         ],
         [4, 1],
         [240, 24],
@@ -171,7 +257,9 @@ def attention_forward({parameters}):
 '''
 
 TILE = """
-kv_idx = tile * BLOCK_N + keys
+kv_start = tile * BLOCK_N
+kv_idx = kv_start + keys
+{reads}
 mbarrier.wait(k_ready.index(k_slot), k_phase)
 qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
 mbarrier.wait(v_ready.index(v_slot), v_phase)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -48,7 +49,9 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
     descriptors = descriptors and target.descriptors and not wide
     roles = descriptors and target.name == "sm_90" and not few_queries and suits_warp_roles(program)
-    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
+    # few queries wait for memory: there is time for exact products
+    float32 = "ieee" if few_queries else target.float32
+    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, float32, roles)
 
 
 _ROLE_OPERATORS = frozenset({
@@ -57,11 +60,17 @@ _ROLE_OPERATORS = frozenset({
 })  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)
+def triton_is_checked() -> bool:
+    """True for the version of Triton whose experimental and internal interfaces these kernels have been run with."""
+    return version("triton").split(".")[:2] == ["3", "6"]
+
+
 def suits_warp_roles(program: Attention) -> bool:
     """True for one product of half-precision vectors of 64 or 128 channels, without dropout and without a finite mask.
 
     Gluon is experimental: with a Triton that this kernel has not been checked with, the plain Triton kernel serves."""
-    if version("triton").split(".")[:2] != ["3", "6"]:
+    if not triton_is_checked():
         return False
     decls = [program.decls[name] for name in program.vectors]
     nodes = [node for e in (program.score, program.keep.predicate, *program.weigh.extra) for node in walk(e)]

@@ -7,7 +7,20 @@ import random
 
 import pytest
 
-from attncompiler.ir.expr import KV_IDX, PYTHON, Q_IDX, Apply, Axis, Const, Expr, apply, conj, conjuncts, substitute
+from attncompiler.ir.expr import (
+    KV_IDX,
+    PYTHON,
+    Q_IDX,
+    Apply,
+    Axis,
+    Const,
+    Expr,
+    apply,
+    conj,
+    conjuncts,
+    substitute,
+    with_axis_alone,
+)
 
 INTEGER = ("add", "sub", "mul", "floordiv", "mod", "minimum", "maximum")
 COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -54,6 +67,20 @@ def test_simplifying_keeps_the_value(seed: int) -> None:
     simple = built(expr)
     for q, kv in itertools.product(VALUES, VALUES):
         assert value(simple, q, kv) == value(expr, q, kv), (expr, simple, q, kv)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_an_axis_alone_keeps_the_value(seed: int) -> None:
+    r = random.Random(f"alone {seed}")
+    expr = built(raw(r, r.randint(1, 4), True))
+    alone = with_axis_alone(expr, KV_IDX)
+    for q, kv in itertools.product(VALUES, VALUES):
+        assert value(alone, q, kv) == value(expr, q, kv), (expr, alone, q, kv)
+
+
+def test_an_axis_alone() -> None:
+    window = apply("le", apply("sub", Q_IDX, KV_IDX), Const(7))
+    assert with_axis_alone(window, KV_IDX) == Apply("ge", (KV_IDX, apply("sub", Q_IDX, Const(7))))
 
 
 def test_equal_index_arithmetic_has_equal_trees() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
+from attncompiler.codegen.plan_kernel import has_plan_kernel
 from attncompiler.errors import InvalidProgram
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.evaluate import whole
+from attncompiler.ir.expr import KV_IDX, Q_IDX, Const, Read, Size, apply, axes_of, conj
 from attncompiler.ir.program import Empty
-from attncompiler.passes.plan import Coverage, build_plan
+from attncompiler.passes.plan import Coverage, build_plan, keeps_only_keys, proved_nonempty
+from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
 
 READS = {"doc": "i32[{both}]", "lens": "i64[2]", "pad": "bool[2, {n}]", "x": "f32[{both}]", "table": "bool[2, 4, {m}, {n}]"}
@@ -129,6 +134,29 @@ def test_a_causal_window_is_what_it_should_be() -> None:
     assert plan.transposed().coverage[0, 0].tolist() == [[1, 2, 1, 0], [0, 1, 2, 1], [0, 0, 1, 2], [0, 0, 0, 1]]
 
 
+def test_what_a_mask_itself_keeps_inside() -> None:
+    """A causal square needs no test of its end; a causal rectangle with more keys does not; one with fewer does."""
+    causal = apply("le", KV_IDX, Q_IDX)
+    assert keeps_only_keys(causal, Const(100), Const(100))
+    assert keeps_only_keys(conj(Read("doc", (KV_IDX,)), causal), Const(100), Const(130))
+    assert not keeps_only_keys(causal, Const(101), Const(100))
+    assert not keeps_only_keys(causal, Size("n"), Size("n"))
+
+
+def test_documents_leave_each_query_its_own_key() -> None:
+    text = """attention
+      axes b=1, h=1, q_idx=50, kv_idx=50
+      read q: f32[1, 1, 50, 16], k: f32[1, 1, 50, 16], v: f32[1, 1, 50, 16], doc: {dtype}[50]
+      score dot(q[b, h, q_idx], k[b, h, kv_idx])
+      keep (kv_idx <= q_idx) & (doc[q_idx] == doc[kv_idx]) else nan
+      weigh softmax
+      sum v[b, h, kv_idx]
+    """
+    extents = {"b": 1, "h": 1, "q_idx": 50, "kv_idx": 50}
+    assert proved_nonempty(verify(parse(text.format(dtype="i32"))), {}, extents)
+    assert not proved_nonempty(verify(parse(text.format(dtype="f32"))), {}, extents)  # NaN is not equal to itself
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize("first", range(0, 120, 40))
 def test_plans_made_on_the_device(first: int) -> None:
@@ -141,7 +169,7 @@ def test_plans_made_on_the_device(first: int) -> None:
         if "x" in p.decls:
             continue  # Triton's interpreter can't mix the comparison of one loaded float with that of a tile
         call = Prepared(p, made, {})
-        if not call._plans_on_device:
+        if not has_plan_kernel(p):
             continue
         made_there += 1
         kept = truth(p, made, m, n)
@@ -149,26 +177,27 @@ def test_plans_made_on_the_device(first: int) -> None:
             ("attention_forward", call.schedule.forward),
             ("attention_backward_keys", call.schedule.backward_keys),
         ):
-            found, tiles = call._plan(name, schedule, made)
             keys = name == "attention_backward_keys"
-            columns = -(-m // schedule.block_m) if keys else -(-n // schedule.block_n)
-            rows = torch.zeros(found["FullCount"].shape[0], columns, dtype=torch.int8)
+            planner = Planner(p, {}, call.extents, schedule, keys, torch.device("cpu"))
+            found = planner(made, call.raw(made), call.constants)
+            columns, tiles = -(-n // schedule.block_n), -(-m // schedule.block_m)
+            columns, tiles = (tiles, columns) if keys else (columns, tiles)
+            shape = _plan_shape(p, call.extents)
+            rows = torch.zeros(math.prod(shape) * tiles, columns, dtype=torch.int8)
             for kind, which in ((Coverage.FULL, "Full"), (Coverage.PARTIAL, "Partial")):
                 room = found[f"{which}_ranges"]
-                for row, count in enumerate(found[f"{which}Count"].tolist()):
+                for row, count in enumerate(found[f"{which}Count"].tolist()[: len(rows)]):
                     for i in range(row * room, row * room + count):
                         rows[row, int(found[f"{which}Begin"][i]) : int(found[f"{which}End"][i])] = kind
-            coverage = rows.reshape(-1, tiles, columns)
-            shape = _plan_shape(p, coverage.shape[0])
+            launched = rows.reshape(-1, tiles, columns)
+            coverage = torch.empty_like(launched)
+            coverage[:, found["Order"].long()] = launched
             coverage = coverage.reshape(*shape, tiles, columns)
             check(p, coverage.transpose(2, 3) if keys else coverage, kept, schedule.block_m, schedule.block_n)
     assert made_there >= 5
 
 
-def _plan_shape(p: Attention, count: int) -> tuple[int, int]:
-    from attncompiler.ir.expr import axes_of
-
+def _plan_shape(p: Attention, extents: Mapping[str, int]) -> tuple[int, int]:
+    """How many batches and heads have a plan of their own."""
     axes = axes_of(p.keep.predicate)
-    shape = (2 if "b" in axes else 1, 4 if "h" in axes else 1)
-    assert shape[0] * shape[1] == count
-    return shape
+    return (extents["b"] if "b" in axes else 1), (extents["h"] if "h" in axes else 1)

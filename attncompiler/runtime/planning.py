@@ -1,0 +1,122 @@
+"""The tile plan of a call as kernels read it: tables with a row for each program, in the order of launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncompiler.codegen.kernel_module import load_module
+from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
+from attncompiler.ir.expr import AXES, axes_of, conj, conjuncts, reads_of
+from attncompiler.ir.program import Attention, Empty, Keep
+from attncompiler.passes.plan import TilePlan, TileRanges, build_plan
+from attncompiler.runtime.launch import Constants, Launch
+from attncompiler.tuning.schedule import KernelSchedule
+
+
+class Planner:
+    """Plans one kernel of a program. `is_static`: the plan reads no tensor and is made once."""
+
+    def __init__(
+        self, program: Attention, sizes: Mapping[str, int], extents: Mapping[str, int], schedule: KernelSchedule, by_keys: bool,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._program, self._sizes, self._extents, self._device = program, sizes, extents, device
+        self._schedule, self._by_keys = schedule, by_keys
+        self.is_static = not reads_of(program.keep.predicate)
+        tiles = -(-max(extents["q_idx"], extents["kv_idx"]) // 16)
+        self._on_device = tiles <= MOST_TILES and has_plan_kernel(program)
+        self._tables: Constants = {}
+        self._kernel: _PlanKernel | None = None
+
+    def __call__(self, operands: Mapping[str, Tensor], raw: Mapping[str, Tensor], constants: Constants) -> Constants:
+        """The tables for a call. `raw` and `constants` are what kernels get of the operands: pointers and strides, by name."""
+        if self._on_device:
+            if self._kernel is None:
+                self._kernel = self._plan_kernel(operands, raw, constants)
+            return self._kernel(raw)
+        if not (self.is_static and self._tables):
+            plan = self._rows(self._program, operands)
+            order = _order(plan)
+            plan = plan.rows_in(order)
+            self._tables = {**_ranges("Full", plan.full), **_ranges("Partial", plan.partial), "Order": order}
+        if self.is_static:
+            return self._tables
+        return {**self._tables, "NextRow": torch.zeros(1, dtype=torch.int32, device=self._device)}
+
+    def rows_alike(self, operands: Mapping[str, Tensor]) -> bool:
+        """True where all rows visit about as many tiles: then a fixed share of the rows for each program is fair."""
+        work = (self._rows(self._program, operands).coverage != 0).sum(3).float()
+        return bool(work.max() <= 1.25 * work.mean())
+
+    def _rows(self, program: Attention, operands: Mapping[str, Tensor]) -> TilePlan:
+        plan = build_plan(program, operands, self._sizes, self._schedule.block_m, self._schedule.block_n)
+        return plan.transposed() if self._by_keys else plan
+
+    def _plan_kernel(self, operands: Mapping[str, Tensor], raw: Mapping[str, Tensor], constants: Constants) -> _PlanKernel:
+        """Rows go in the order by the parts of the mask that read no tensor: what is known before the call."""
+        fixed = conj(*(part for part in conjuncts(self._program.keep.predicate) if not reads_of(part)))
+        order = _order(self._rows(replace(self._program, keep=Keep(fixed, Empty.NAN)), operands))
+        return _PlanKernel(self._program, self._extents, self._schedule, self._by_keys, order, raw, constants)
+
+
+class _PlanKernel:
+    """The kernel that plans on the device, and the shape of its tables."""
+
+    def __init__(
+        self, program: Attention, extents: Mapping[str, int], schedule: KernelSchedule, by_keys: bool, order: Tensor,
+        raw: Mapping[str, Tensor], constants: Constants,
+    ) -> None:  # fmt: skip
+        b, h, m, n = (extents[axis.name] for axis in AXES)
+        axes = axes_of(program.keep.predicate)
+        shared = (b if "b" in axes else 1) * (h if "h" in axes else 1)
+        sides = (m, schedule.block_m), (n, schedule.block_n)
+        (length, block), (columns, column_block) = reversed(sides) if by_keys else sides
+        rows, tiles = -(-length // block), -(-columns // column_block)
+        room, width = (tiles + 1) // 2, 1 << (tiles - 1).bit_length()
+        sizes = {"FullCount": 1, "PartialCount": 1, "FullBegin": room, "FullEnd": room, "PartialBegin": room, "PartialEnd": room}
+        self._names = (*sizes, "NextRow")
+        self._lengths = [-(-shared * rows * size // 4) * 4 for size in sizes.values()] + [4]  # each begins where 16 bytes do
+        self._device = order.device
+        self._fixed = {"Full_ranges": room, "Partial_ranges": room, "Order": order}
+        literals = {
+            "PLAN_H": h if "h" in axes else 1,
+            "RANGES": room,
+            "ROW_BLOCK": block,
+            "COLUMN_BLOCK": column_block,
+            "COLUMNS": min(column_block, max(8, 4096 // width)),
+            "TILES": width,
+        }
+        module = load_module(emit_plan(program, "kv_idx" if by_keys else "q_idx"))
+        kernel = getattr(module, "plan_columns" if by_keys else "plan_rows")
+        schedule = KernelSchedule(block, column_block, 8, 1)
+        tensors = {**raw, **self._tables()}
+        self._launch = Launch(kernel, "plan", (rows, shared), {**constants, **literals}, tensors, schedule, None)
+
+    def _tables(self) -> dict[str, Any]:
+        memory = torch.empty(sum(self._lengths), dtype=torch.int32, device=self._device)
+        return {**dict(zip(self._names, memory.split(self._lengths), strict=True)), **self._fixed}
+
+    def __call__(self, raw: Mapping[str, Tensor]) -> Constants:
+        tables = self._tables()
+        self._launch({**raw, **tables})
+        return tables
+
+
+def _ranges(name: str, ranges: TileRanges) -> dict[str, Any]:
+    return {
+        f"{name}Count": ranges.count,
+        f"{name}Begin": ranges.begin,
+        f"{name}End": ranges.end,
+        f"{name}_ranges": ranges.begin.shape[1],
+    }
+
+
+def _order(plan: TilePlan) -> Tensor:
+    """Tiles with the most work first, so that the last programs to run are short."""
+    work = (plan.coverage != 0).sum(3).amax((0, 1))
+    return torch.argsort(work, descending=True, stable=True).to(torch.int32)
