@@ -18,6 +18,7 @@ from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
 from attncompiler.tuning.schedule import KernelSchedule, triton_is_checked
 
 Constants = Mapping[str, Any]
+_NO_PLAN: Constants = {}
 
 
 def describable(tensor: Tensor) -> bool:
@@ -54,6 +55,7 @@ class Launch:
         self._kernel = kernel[grid]
         self._grid = (*grid, 1)
         self._compiled: Any = None
+        self._addresses: list[Any] | None = None
         self._arguments = [values.get(name) for name in kernel.arg_names]
         self._pointers: list[tuple[int, str]] = []
         self._descriptors: list[tuple[int, str, dict[str, Any]]] = []
@@ -72,57 +74,53 @@ class Launch:
             else:
                 self._descriptors.append((place, parameter, dict(vars(_descriptor(tensors[parameter], block, gluon)))))
 
-    def __call__(self, tensors: Mapping[str, Tensor], plan: Constants | None = None) -> None:
-        """Launch. After the first time without Triton's own look at every argument, which takes longer than all else here."""
-        arguments = self._filled(tensors, plan)
-        if self._compiled is None:
-            self._compiled = _Compiled.of(self._kernel(*arguments, **self._options), arguments)
-        elif not self._compiled(self._grid, arguments):
-            self._kernel(*arguments, **self._options)
+    def __call__(self, tensors: Mapping[str, Tensor], plan: Constants = _NO_PLAN) -> None:
+        """Launch with the tensors of a call; those of `plan` come first."""
+        if self._addresses is None or not self._relaunched(self._addresses.copy(), tensors, plan):
+            arguments = self._filled(tensors, plan)
+            compiled = self._kernel(*arguments, **self._options)
+            if self._compiled is None:
+                self._remember(compiled, arguments)
 
     def frozen(self, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
-        """The launch of these very tensors and nothing else: what host time is compared with."""
-        return functools.partial(self._kernel, *self._filled(tensors, None), **self._options)
+        """Triton's own launch of these very tensors: what host time is compared with."""
+        return functools.partial(self._kernel, *self._filled(tensors, _NO_PLAN), **self._options)
 
-    def _filled(self, tensors: Mapping[str, Tensor], plan: Constants | None) -> list[Any]:
+    def _filled(self, tensors: Mapping[str, Tensor], plan: Constants) -> list[Any]:
         arguments = self._arguments.copy()
         for place, name in self._pointers:
-            arguments[place] = tensors[name] if plan is None or name not in plan else plan[name]
+            arguments[place] = plan[name] if name in plan else tensors[name]
+        self._describe(arguments, tensors)
+        return arguments
+
+    def _describe(self, arguments: list[Any], tensors: Mapping[str, Tensor]) -> None:
         for place, name, fields in self._descriptors:
             descriptor = object.__new__(self._descriptor_type)  # its checks were made for the first of these
             descriptor.__dict__.update(fields, base=tensors[name])
             arguments[place] = descriptor
-        return arguments
 
+    def _remember(self, compiled: Any, arguments: Sequence[Any]) -> None:
+        """Triton looks at the type, value and alignment of every argument, which takes longer than all else here. All but the
+        addresses are those of the first call, so if these are aligned, the kernel that it found then serves."""
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self._compiled, self._device = compiled, tensors[0].device
+        if self._device.type == "cuda" and not torch.version.hip and triton_is_checked() and not _misaligned(tensors):
+            self._addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in self._arguments]
 
-class _Compiled:
-    """A kernel as Triton compiled it for arguments of these types, all aligned."""
-
-    def __init__(self, kernel: Any, device: int) -> None:
-        self._kernel, self._device = kernel, device
-        self._hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-
-    @classmethod
-    def of(cls, kernel: Any, arguments: Sequence[Any]) -> Callable[[tuple[int, ...], list[Any]], bool]:
-        """Raises nothing: where the launch can't be shortened, the result declines every call."""
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if device.type != "cuda" or torch.version.hip or not triton_is_checked() or _raw(arguments) is None:
-            return lambda grid, arguments: False
-        return cls(kernel, device.index)
-
-    def __call__(self, grid: tuple[int, ...], arguments: list[Any]) -> bool:
-        """Launch. False, and nothing is done, for arguments that it was not compiled for, or where someone watches launches."""
-        raw = _raw(arguments)
-        if raw is None or any(hook.calls for hook in self._hooks):
+    def _relaunched(self, arguments: list[Any], tensors: Mapping[str, Tensor], plan: Constants) -> bool:
+        """Launch what was compiled before. False, and nothing is done, for other alignments, or where someone watches launches."""
+        bits = 0
+        for place, name in self._pointers:
+            address = (plan[name] if name in plan else tensors[name]).data_ptr()
+            bits |= address
+            arguments[place] = address
+        if bits & 15 or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             return False
-        kernel = self._kernel
-        stream = driver.active.get_current_stream(self._device)
-        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *raw)
+        self._describe(arguments, tensors)
+        kernel, stream = self._compiled, driver.active.get_current_stream(self._device.index)
+        kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
         return True
 
 
-def _raw(arguments: Sequence[Any]) -> list[Any] | None:
-    """The arguments with addresses for tensors; None if one is not aligned."""
-    raw = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    aligned = all(not address & 15 for address, argument in zip(raw, arguments, strict=True) if isinstance(argument, Tensor))
-    return raw if aligned else None
+def _misaligned(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.data_ptr() & 15 for tensor in tensors)

@@ -81,7 +81,10 @@ class Prepared:
         self._launches: dict[tuple[Any, ...], Launch] = {}
         views = self.views(operands)
         self.gathers = any(view.gathered for view in views.values())
-        self._vectors = {read: Vectors.of(view, operands[read.tensor]) for read, view in views.items()}
+        shown = [(read, Vectors.of(view, operands[read.tensor])) for read, view in views.items()]
+        self._within = [(pointer_name(r.tensor), r.tensor, v) for r, v in shown if v.offset and not self.gathers]
+        self._names = [(pointer_name(decl.name), decl.name) for decl in program.tensors]
+        self._booleans = [pointer_name(name) for name, tensor in operands.items() if tensor.dtype == torch.bool]
         self.gradient_places: dict[frozenset[str], object] = {}  # what runtime/gradients.py finds once for these operands
         self.may_keep_nothing = program.keep.predicate != TRUE and not proved_nonempty(program, sizes, self.extents)
         target = target_of(self.device)
@@ -126,15 +129,15 @@ class Prepared:
         found = self.raw(operands)
         if self.gathers:
             found |= {pointer_name(read.tensor): view.tensor for read, view in self.views(operands).items()}
-        else:
-            found |= {pointer_name(read.tensor): vectors.show(operands[read.tensor]) for read, vectors in self._vectors.items()}
+        for pointer, name, vectors in self._within:
+            found[pointer] = vectors.show(operands[name])
         return found
 
     def raw(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for decl in self.program.tensors:
-            tensor = operands[decl.name]
-            found[pointer_name(decl.name)] = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        """The operands themselves; Triton takes bytes for booleans."""
+        found = {pointer: operands[name] for pointer, name in self._names}
+        for pointer in self._booleans:
+            found[pointer] = found[pointer].view(torch.uint8)
         return found
 
     # ------------------------------------------------------------------------------------------------------- kernels
@@ -149,6 +152,9 @@ class Prepared:
     ) -> None:
         """Launch one kernel of the program. `variant` tells apart what the layout of the operands leaves open (wanted gradients,
         strides of others); `describe` gives the kernel's layout and these strides, and is asked once for each variant."""
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self.run(name, variant, tensors, operands, describe)
         schedule = _DELTA if name == "attention_delta" else getattr(self.schedule, name[len("attention_") :])
         launch = self._launches.get((name, variant))
         planner = self._planners.get(name)
