@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from tabulate import tabulate
 
+from attncompiler.cli.progress import steps
 from attncompiler.codegen.cross_compile import cross_compile
 from attncompiler.codegen.emission import Layout
 from attncompiler.config import cache_dir
@@ -72,8 +73,7 @@ def _findings() -> list[Finding]:
         _cache(),
         _try("recognition and training, portable lowering", _portable, True),
     ]
-    for target in TARGETS.values():
-        print(f"compiling for {target.name} ...", file=sys.stderr)
+    for target in steps(TARGETS.values(), "cross-compiling"):
         found.append(_try(f"cross-compilation to {target.name}", partial(_cross, target)))
     return [*found, _recompiles()]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from attncompiler.cli.page import page
+from attncompiler.cli.progress import steps
 from attncompiler.cli.subject import load
-from attncompiler.codegen.cross_compile import CompiledKernel, cross_compile
+from attncompiler.codegen.cross_compile import cross_compile, kernels_of
 from attncompiler.codegen.emission import Layout
 from attncompiler.errors import OptionError
 from attncompiler.explain import hinted_sizes, kernel_source, plan_of, trace
@@ -21,8 +22,8 @@ from attncompiler.ir.text import to_text
 from attncompiler.passes.plan import TilePlan
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.triton_launch import static_groups
-from attncompiler.tuning.schedule import choose_schedule
-from attncompiler.tuning.target import target_named
+from attncompiler.tuning.schedule import Schedule, choose_schedule
+from attncompiler.tuning.target import Target, target_named
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]) -> None:
     """The views that need machine code: list, resources, ptx, sass."""
     rows, texts = [], []
-    for number, region in chosen:
+    target = target_named(arguments.target)
+    wanted = [(number, region, name) for number, region in chosen for name in _kernel_names(region, target)]
+    for number, region, name in steps(wanted, f"compiling for {target.name}"):
         if region.reason:
             rows.append([number, region.program.origin.line, f"none: {region.reason}"] + [""] * 5)
             continue
-        print(f"compiling region {number} for {arguments.target} ...", file=sys.stderr)
-        for kernel in _kernels(region.program, arguments.target):
-            rows.append([number, region.program.origin.line, kernel.name, arguments.target, kernel.registers or "?", kernel.spills,
-                         kernel.shared, "yes" if kernel.fits else "NO"])  # fmt: skip
-            texts.append(kernel.assembly if arguments.show == "ptx" else kernel.sass() if arguments.show == "sass" else "")
+        (kernel,) = cross_compile(region.program, *_chosen(region.program, target), target, [name])
+        rows.append([number, region.program.origin.line, kernel.name, target.name, kernel.registers or "?", kernel.spills,
+                     kernel.shared, "yes" if kernel.fits else "NO"])  # fmt: skip
+        texts.append(kernel.assembly if arguments.show == "ptx" else kernel.sass() if arguments.show == "sass" else "")
     headers = ["region", "where", "kernel", "target", "registers", "spilled bytes", "shared bytes", "fits"]
     if arguments.show in ("ptx", "sass"):
         print(json.dumps(texts) if arguments.json else "\n".join(texts))
@@ -90,7 +92,10 @@ def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]
         print(tabulate(rows, headers=headers))
 
 
-def _kernels(program: Attention, target: str) -> list[CompiledKernel]:
+def _kernel_names(region: Inspected, target: Target) -> list[str]:
+    return [""] if region.reason else list(kernels_of(region.program, *_chosen(region.program, target)))
+
+
+def _chosen(program: Attention, target: Target) -> tuple[Schedule, Layout]:
     layout = Layout(static_groups(program), frozenset(program.differentiable))
-    chosen = target_named(target)
-    return cross_compile(program, choose_schedule(program, chosen, chosen.descriptors), layout, chosen)
+    return choose_schedule(program, target, target.descriptors), layout

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -44,23 +45,32 @@ class CompiledKernel:
         return _tool("nvdisasm", self.machine_code, ("-c",)) if self.target.backend == "cuda" else ""
 
 
-def cross_compile(program: Attention, schedule: Schedule, layout: Layout, target: Target) -> list[CompiledKernel]:
-    """All kernels of a program for a target. Raises: UnsupportedProgram; OptionError under TRITON_INTERPRET=1."""
+def kernels_of(program: Attention, schedule: Schedule, layout: Layout) -> dict[str, KernelSchedule]:
+    """The kernels of a program, by name."""
+    sides = needed_kernels(program, layout.wanted)
+    found = {"attention_forward": schedule.forward}
+    if sides:
+        found["attention_delta"] = KernelSchedule(64, 64, 4, 1)
+    if "queries" in sides:
+        found["attention_backward_queries"] = schedule.backward_queries
+    if "keys" in sides:
+        found["attention_backward_keys"] = schedule.backward_keys
+    return found
+
+
+def cross_compile(
+    program: Attention, schedule: Schedule, layout: Layout, target: Target, names: Iterable[str] | None = None
+) -> list[CompiledKernel]:
+    """The kernels of a program for a target: all, or those of these names. Raises: UnsupportedProgram; OptionError under
+    TRITON_INTERPRET=1."""
     from attncompiler.codegen.kernel_module import load_module
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise OptionError("kernels can't be compiled while TRITON_INTERPRET=1", do="unset it")
     module = load_module(emit(program, schedule, layout))
-    sides = needed_kernels(program, layout.wanted)
-    wanted = {"attention_forward": schedule.forward}
-    if sides:
-        wanted["attention_delta"] = KernelSchedule(64, 64, 4, 1)
-    if "queries" in sides:
-        wanted["attention_backward_queries"] = schedule.backward_queries
-    if "keys" in sides:
-        wanted["attention_backward_keys"] = schedule.backward_keys
     emission = Emission(program, schedule, layout)
-    return [_compile(module, name, kernel, emission, target) for name, kernel in wanted.items()]
+    kernels = kernels_of(program, schedule, layout)
+    return [_compile(module, name, kernels[name], emission, target) for name in (kernels if names is None else names)]
 
 
 _TYPES = {
