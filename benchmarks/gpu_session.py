@@ -323,7 +323,7 @@ def _row(case: Case, n: int, h: int, d: int, compiled: Callable[..., Tensor]) ->
 def _planned(case: Case, made: dict[str, Tensor], o: Tensor, lse: Tensor) -> Callable[[], object] | None:
     """Our forward without its planning, for a mask whose plan is made at each call: flex's time leaves that out too."""
     call = prepared.prepare(case.ours, made, {})
-    planner, launch = call._planners["attention_forward"], call._launches["attention_forward", None]
+    planner, launch = call._planners["attention_forward"], call._launches["attention_forward", False]
     if planner.is_static:
         return None
     plan = planner(made, call.raw(made), call.constants)
@@ -366,21 +366,16 @@ def host_time() -> list[str]:
     made = operands_of(case, 64, 1, 64)
     o, lse, rcp = triton_launch.forward(case.ours, made, {})
     call = prepared.prepare(case.ours, made, {})
-    launch = call._launches["attention_forward", None]
+    launch = call._launches["attention_forward", False]
     tensors = {**call.pointers(made), "O": o, "Lse": lse, "Rcp": rcp}
     operands = list(made.values())
     runs = {
         "bare launch": launch.frozen(tensors),
         "forward": lambda: triton_launch.forward(case.ours, made, {}),
         "registered op, eager": lambda: torch.ops.attncompiler.attention.default(operands, [], text),
-        "registered op, as a compiled graph calls it": lambda: _below_autograd(operands, text),
+        "registered op, as a compiled graph calls it": lambda: torch.ops.attncompiler.attention_forward.default(operands, [], text),
     }
     return [f"{name}: {_microseconds(run):.1f} us a call" for name, run in runs.items()]
-
-
-def _below_autograd(operands: list[Tensor], text: str) -> object:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attncompiler.attention.default(operands, [], text)
 
 
 def _microseconds(run: Callable[[], object], calls: int = 500) -> float:

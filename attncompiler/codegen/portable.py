@@ -213,12 +213,15 @@ def _weighted_keys(weights: Tensor, rows: Tensor, group: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp, as docs/design.md defines them."""
     run = _Run(program, operands, sizes)
     b, h, m, _ = (run.extents[axis.name] for axis in AXES)
     value = operands[program.sum.tensor]
-    o = value.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
+    o = value.new_empty((b, h, m, value.shape[-1]) if heads_first else (b, m, h, value.shape[-1]))
+    o = o if heads_first else o.transpose(1, 2)
     lse = value.new_empty((b, h, m), dtype=run.dtype)
     rcp = value.new_empty((b, h, m) if program.has_rcp else (0,), dtype=run.dtype)
     for tile in run.tiles():

@@ -89,7 +89,11 @@ def _replace(graph: Graph, site: Site) -> None:
     with graph.inserting_before(node):
         operands = [_operand(graph, operand) for operand in site.operands]
         sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
-        result = graph.call_function(torch.ops.attncompiler.attention.default, (operands, sizes, to_line(site.program)))
+        # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
+        turned = all(base_name(user.target) in PERMUTES for user in node.users)
+        heads_first = not turned and site.permutation == tuple(range(len(site.permutation)))
+        arguments = (operands, sizes, to_line(site.program), heads_first)
+        result = graph.call_function(torch.ops.attncompiler.attention.default, arguments)
         o = graph.call_function(operator.getitem, (result, 0))
         split = [_extent(graph, node, extent) for extent in site.split]
         o = graph.call_function(aten.reshape.default, (o, split))
@@ -97,7 +101,7 @@ def _replace(graph: Graph, site: Site) -> None:
             o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
         if site.lse is not None:
             site.lse.replace_all_uses_with(_lse(graph, site, site.lse, result))
-        if not all(base_name(user.target) in PERMUTES for user in node.users):
+        if not turned:
             o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
     for new in (result, o):
         inherit_line(new, node)

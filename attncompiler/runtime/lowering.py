@@ -17,9 +17,11 @@ from attncompiler.runtime import triton_launch
 log = logging.getLogger(__name__)
 
 
-def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp (docs/design.md). Raises: DeviceError for operands on different devices."""
-    found: tuple[Tensor, Tensor, Tensor] = _lowering(program, operands, sizes).forward(program, operands, sizes)
+    found: tuple[Tensor, Tensor, Tensor] = _lowering(program, operands, sizes).forward(program, operands, sizes, heads_first)
     return found
 
 

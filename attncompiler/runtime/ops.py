@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Dtype
@@ -14,7 +15,9 @@ from attncompiler.ir.text import parse
 from attncompiler.runtime.lowering import backward, forward
 
 _LIBRARY = torch.library.Library("attncompiler", "DEF")
-_LIBRARY.define("attention(Tensor[] operands, SymInt[] sizes, str program) -> (Tensor, Tensor, Tensor)")
+_FORWARD = "(Tensor[] operands, SymInt[] sizes, str program, bool heads_first=False) -> (Tensor, Tensor, Tensor)"
+_LIBRARY.define("attention" + _FORWARD)
+_LIBRARY.define("attention_forward" + _FORWARD)
 _LIBRARY.define(
     "attention_backward(Tensor[] operands, SymInt[] sizes, str program, Tensor o, Tensor lse, Tensor rcp, "
     "Tensor grad_o, Tensor? grad_lse, int[] wanted) -> Tensor[]"
@@ -28,11 +31,26 @@ def _bind(program: Attention, operands: Sequence[Tensor], sizes: Sequence[int]) 
     )
 
 
-@torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
-def attention(operands: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, Tensor, Tensor]:
-    """O, lse and rcp of a program given as text (docs/design.md, contracts)."""
+@torch.library.impl(_LIBRARY, "attention", "CompositeImplicitAutograd")
+def attention(
+    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """O, lse and rcp of a program given as text, with gradients (docs/design.md, contracts).
+
+    What is compiled calls `attention_forward` and `attention_backward`: past autograd, its rule would only cost time."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        found: tuple[Tensor, Tensor, Tensor] = _Attention.apply(sizes, program, heads_first, *operands)  # type: ignore[no-untyped-call]
+        return found
+    return torch.ops.attncompiler.attention_forward.default(operands, sizes, program, heads_first)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_LIBRARY, "attention_forward", "CompositeExplicitAutograd")
+def attention_forward(
+    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """O, lse and rcp, below autograd. In memory O is [b, q_idx, h, Dv], or [b, h, q_idx, Dv] with `heads_first`."""
     parsed = parse(program)
-    return forward(parsed, *_bind(parsed, operands, sizes))
+    return forward(parsed, *_bind(parsed, operands, sizes), heads_first)
 
 
 @torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
@@ -55,14 +73,17 @@ def attention_backward(
     return [found[name] for name in names]
 
 
-@torch.library.register_fake("attncompiler::attention", lib=_LIBRARY)
-def _attention_fake(operands: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.register_fake("attncompiler::attention_forward", lib=_LIBRARY)
+def _attention_fake(
+    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse(program)
     tensors, numbers = _bind(parsed, operands, sizes)
     extents = extents_of(parsed, numbers)
     value = tensors[parsed.sum.tensor]
     b, h, m = extents["b"], extents["h"], extents["q_idx"]
-    o = value.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
+    o = value.new_empty((b, h, m, value.shape[-1]) if heads_first else (b, m, h, value.shape[-1]))
+    o = o if heads_first else o.transpose(1, 2)
     stats = torch.float64 if parsed.value.dtype is Dtype.F64 else torch.float32
     lse = value.new_empty((b, h, m), dtype=stats)
     rcp = value.new_empty((b, h, m) if parsed.has_rcp else (0,), dtype=stats)
@@ -84,30 +105,30 @@ def _attention_backward_fake(
     return [operands[place].new_empty(operands[place].shape) for place in wanted]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    operands, sizes, program = inputs
-    ctx.program, ctx.sizes = program, sizes
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*operands, *output)
+class _Attention(torch.autograd.Function):
+    """The autograd rule of the op."""
 
+    @staticmethod
+    def forward(ctx: Any, sizes: Sequence[int], program: str, heads_first: bool, *operands: Tensor) -> tuple[Tensor, ...]:
+        output = torch.ops.attncompiler.attention_forward.default(operands, sizes, program, heads_first)
+        ctx.program, ctx.sizes = program, sizes
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*operands, *output)
+        return output  # type: ignore[no-any-return]
 
-def _backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> tuple[Any, list[Any] | None, None]:
-    *operands, o, lse, rcp = ctx.saved_tensors
-    needed = ctx.needs_input_grad[0]
-    differentiable = set(parse(ctx.program).differentiable)
-    decls = parse(ctx.program).tensors
-    wanted = [i for i, decl in enumerate(decls) if needed[i] and decl.name in differentiable]
-    if grad_o is None:
-        grad_o = torch.zeros_like(o)
-    found = torch.ops.attncompiler.attention_backward(operands, ctx.sizes, ctx.program, o, lse, rcp, grad_o, grad_lse, wanted)
-    gradients: list[Tensor | None] = [None] * len(operands)
-    for place, gradient in zip(wanted, found, strict=True):
-        gradients[place] = gradient
-    return (
-        gradients,
-        [] if not ctx.sizes else None,
-        None,
-    )  # torch's autograd rule takes an empty list for a tree, any other for a leaf
-
-
-torch.library.register_autograd("attncompiler::attention", _backward, setup_context=_setup_context, lib=_LIBRARY)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        *operands, o, lse, rcp = ctx.saved_tensors
+        program = parse(ctx.program)
+        grad_o = torch.zeros_like(o) if grad_o is None else grad_o
+        needed = ctx.needs_input_grad[3:]
+        wanted = [i for i, decl in enumerate(program.tensors) if needed[i] and decl.name in program.differentiable]
+        found = torch.ops.attncompiler.attention_backward.default(
+            operands, ctx.sizes, ctx.program, o, lse, rcp, grad_o, grad_lse, wanted
+        )
+        gradients: list[Tensor | None] = [None] * len(operands)
+        for place, gradient in zip(wanted, found, strict=True):
+            gradients[place] = gradient
+        return None, None, None, *gradients

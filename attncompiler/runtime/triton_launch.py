@@ -36,20 +36,23 @@ def static_groups(program: Attention) -> tuple[int, ...]:
     return tuple(head_group(read, count) for read in vector_reads(program))
 
 
-def forward(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp, as docs/design.md defines them."""
     call = prepare(program, operands, sizes)
     b, h, m = (call.extents[axis] for axis in ("b", "h", "q_idx"))
     value = operands[program.sum.tensor]
     d = value.shape[-1]
-    o = torch.empty_strided((b, h, m, d), (h * m * d, d, h * d, 1), dtype=value.dtype, device=value.device)
+    strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
+    o = torch.empty_strided((b, h, m, d), strides, dtype=value.dtype, device=value.device)
     lse = torch.empty((b, h, m), dtype=torch.float32, device=value.device)
     rcp = torch.empty((b, h, m) if program.has_rcp else (0,), dtype=torch.float32, device=value.device)
     if o.numel() == 0:
         return o, lse, rcp
     tensors = call.pointers(operands)
     tensors |= {"O": o, "Lse": lse, "Rcp": rcp}
-    call.run("attention_forward", None, tensors, operands, lambda: (Layout(call.groups, frozenset()), _strides("o", o)))
+    call.run("attention_forward", heads_first, tensors, operands, lambda: (Layout(call.groups, frozenset()), _strides("o", o)))
     return o, lse, rcp
 
 

@@ -21,11 +21,12 @@ def arguments(name: str, dtype: str) -> tuple[list[Tensor], list[int], str]:
 
 
 @pytest.mark.parametrize("name", ["window", "sinks", "dropout", "empty rows are uniform"])
-def test_fake_and_autograd_rules(name: str) -> None:
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_fake_rules(name: str, heads_first: bool) -> None:
     torch.library.opcheck(
-        torch.ops.attncompiler.attention.default,
-        arguments(name, "f32"),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        torch.ops.attncompiler.attention_forward.default,
+        (*arguments(name, "f32"), heads_first),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
