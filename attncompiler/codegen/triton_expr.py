@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import (
+    AXES,
     OPERATORS,
     Apply,
     Axis,
@@ -24,6 +25,7 @@ from attncompiler.ir.expr import (
     walk,
 )
 from attncompiler.ir.program import Attention, kind_of
+from attncompiler.ir.ranges import range_of
 from attncompiler.ir.text import expr_text
 
 _CALLS = {
@@ -181,38 +183,9 @@ def _surely_inside(entry: Expr, extent: Expr, program: Attention) -> bool:
     """True where 0 <= entry < extent is certain."""
     if isinstance(entry, Axis) and program.axes.size(entry) == extent:
         return True
-    low, high = _range(entry, program)
+    sizes = {axis: program.axes.size(axis) for axis in AXES}
+    low, high = range_of(entry, {axis: int(size.value) for axis, size in sizes.items() if isinstance(size, Const)})
     return isinstance(extent, Const) and low >= 0 and high < int(extent.value)
-
-
-def _range(expr: Expr, program: Attention) -> tuple[float, float]:
-    """The smallest and largest value that an index can have."""
-    anything = -math.inf, math.inf
-    if isinstance(expr, Const):
-        return float(expr.value), float(expr.value)
-    if isinstance(expr, Axis):
-        size = program.axes.size(expr)
-        return 0.0, float(size.value) - 1 if isinstance(size, Const) else math.inf
-    if not isinstance(expr, Apply):
-        return anything
-    bounds = [_range(arg, program) for arg in expr.args]
-    if expr.op == "neg":
-        return -bounds[0][1], -bounds[0][0]
-    if len(bounds) != 2:
-        return anything
-    (a, b), (c, d) = bounds
-    if expr.op in ("add", "sub"):
-        return (a + c, b + d) if expr.op == "add" else (a - d, b - c)
-    if expr.op in ("minimum", "maximum"):
-        return (min(a, c), min(b, d)) if expr.op == "minimum" else (max(a, c), max(b, d))
-    if c == d and 0 < c < math.inf:
-        if expr.op == "mul":
-            return a * c, b * c
-        if expr.op == "floordiv":
-            return (a // c if math.isfinite(a) else a), (b // c if math.isfinite(b) else b)
-        if expr.op == "mod":
-            return 0.0, c - 1
-    return anything
 
 
 def pointer_name(tensor: str) -> str:

@@ -372,10 +372,38 @@ def with_axis_alone(expr: Expr, axis: Axis) -> Expr:
         sign = terms.pop(axis, 0)
         if abs(sign) != 1 or any(axis.name in axes_of(term) for term in terms):
             return None
-        rest = _from_linear({term: -sign * factor for term, factor in terms.items()}, -sign * constant)
-        return Apply(node.op if sign == 1 else _MIRRORED[node.op], (axis, rest))
+        op, constant = (node.op if sign == 1 else _MIRRORED[node.op]), -sign * constant
+        if terms and op == "lt" and constant > 0:  # kv < q + 1 is kv <= q
+            op, constant = "le", constant - 1
+        elif terms and op == "gt" and constant < 0:
+            op, constant = "ge", constant + 1
+        return Apply(op, (axis, _from_linear({term: -sign * factor for term, factor in terms.items()}, constant)))
 
     return transform(expr, visit)
+
+
+def settled(predicate: Expr, axis: Axis) -> Expr:
+    """The predicate with `axis` alone in its comparisons, and of bounds that differ by a constant only the tightest."""
+    parts = conjuncts(with_axis_alone(predicate, axis))
+    tightest: dict[object, tuple[int, Expr]] = {}
+    for part in parts:
+        bound = _bound(part, axis)
+        if bound is not None:
+            key, reach = bound
+            if key not in tightest or reach < tightest[key][0]:
+                tightest[key] = reach, part
+    kept = [part for part in parts if (bound := _bound(part, axis)) is None or tightest[bound[0]][1] == part]
+    return conj(*dict.fromkeys(kept))
+
+
+def _bound(part: Expr, axis: Axis) -> tuple[object, int] | None:
+    """What an upper or lower bound of `axis` is beyond a constant, and how far it reaches: the smaller, the tighter."""
+    if not (isinstance(part, Apply) and part.op in ("lt", "le", "gt", "ge") and part.args[0] == axis and surely_int(part.args[1])):
+        return None
+    terms, constant = _linear(part.args[1])
+    upper = part.op in ("lt", "le")
+    reach = constant - (part.op == "lt") if upper else -(constant + (part.op == "gt"))
+    return (upper, frozenset(terms.items())), reach
 
 
 def _choose_constants(op: str, args: tuple[Expr, ...]) -> Expr | None:

@@ -14,7 +14,6 @@ from attncompiler.ir.expr import (
     ONE,
     ZERO,
     Apply,
-    Axis,
     Const,
     Dot,
     Expr,
@@ -29,6 +28,7 @@ from attncompiler.ir.expr import (
     surely_int,
     walk,
 )
+from attncompiler.ir.ranges import range_of
 from attncompiler.passes.contraction import argument
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.nodes import (
@@ -71,7 +71,7 @@ def rounds(expr: Expr) -> bool:
 def dim_of(node: Node, place: int, tensor: Node) -> int:
     dim = argument(node, place, "dim", 0)
     assert isinstance(dim, int)
-    return dim % int(tensor.meta["val"].dim())
+    return dim % max(int(tensor.meta["val"].dim()), 1)
 
 
 def shifted(index: Index, dim: int, start: Expr, step: Expr = ONE) -> Index:
@@ -312,17 +312,10 @@ def _advanced_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     rank = max(len(shape_of(e)) for e in tensors)
     out_shape = shape_of(node)[:rank]
     picked = [reader.element(e, reader.broadcast(e, out_shape, index[:rank])) for e in tensors]
-    if not all(_not_negative(p) for p in picked):
+    known = {axis: size for axis, size in reader.space.extents.items() if isinstance(size, int)}
+    if any(range_of(p, known)[0] < 0 for p in picked):  # such an index counts from the end
         return None
     return reader.element(source, tuple(picked) + index[rank:])
-
-
-def _not_negative(expr: Expr) -> bool:
-    if isinstance(expr, Axis):
-        return True
-    if isinstance(expr, Const):
-        return expr.value >= 0
-    return isinstance(expr, Apply) and expr.op in ("add", "mul", "floordiv", "mod") and all(_not_negative(a) for a in expr.args)
 
 
 # ------------------------------------------------------------------------------------- casts, creation, normalisers

@@ -103,7 +103,7 @@ def sdpa(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
 # -------------------------------------------------------------------------------------------------- flex_attention
 
 
-class _ModReader(Reader):
+class ModReader(Reader):
     """Reads a score_mod or mask_mod: its placeholders are the score, the positions and the captured tensors."""
 
     def __init__(self, outer: Reader, module: GraphModule, bound: Sequence[Expr | Node]) -> None:
@@ -195,4 +195,4 @@ def _mod(reader: Reader, module: GraphModule, mod: object, bound: Sequence[Expr 
     assert isinstance(mod, Node)
     graph_module = getattr(module, str(mod.target))
     assert isinstance(graph_module, GraphModule)
-    return _ModReader(reader, graph_module, bound).result()
+    return ModReader(reader, graph_module, bound).result()

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from attncompiler.errors import AttnCompilerError, Unrecognised
 from attncompiler.ir.expr import (
+    KV_IDX,
     ONE,
     OPERATORS,
     Apply,
@@ -26,10 +27,11 @@ from attncompiler.ir.expr import (
     mod,
     mul,
     reads_of,
+    settled,
     substitute,
     transform,
 )
-from attncompiler.ir.program import Attention, Dtype, Softmax, TensorDecl
+from attncompiler.ir.program import Attention, Dtype, Keep, Softmax, TensorDecl
 from attncompiler.ir.text import to_text
 from attncompiler.ir.verify import verify
 from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
@@ -169,6 +171,7 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
         ("recognise", lambda p: p),
         ("lift_mask", lambda p: lift_mask(p, carrying)),
         ("zero_empty_rows", zero_empty_rows),
+        ("settle", _settle),
         ("prune", _prune),
     )
     for name, change in passes:
@@ -180,6 +183,11 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
     operands = [operand for operand, decl in zip(operands, decls, strict=True) if decl.name in kept]
     sizes = _size_values(node.graph, program)
     return Site(node, program, tuple(operands), sizes, (), ())
+
+
+def _settle(program: Attention) -> Attention:
+    """The one form of a mask: what is declared has it too."""
+    return replace(program, keep=Keep(settled(program.keep.predicate, KV_IDX), program.keep.empty))
 
 
 def _prune(program: Attention) -> Attention:

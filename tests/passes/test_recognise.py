@@ -95,15 +95,15 @@ def test_grouped_heads_are_read_where_they_lie(how: str) -> None:
 
 
 MASKS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "tril": (lambda s: s.masked_fill(torch.tril(torch.ones(N, N)) == 0, -math.inf), "kv_idx - q_idx <= 0 else nan"),
-    "triu": (lambda s: s + torch.triu(torch.full((N, N), -math.inf), 1), "kv_idx - q_idx"),
+    "tril": (lambda s: s.masked_fill(torch.tril(torch.ones(N, N)) == 0, -math.inf), "kv_idx <= q_idx else nan"),
+    "triu": (lambda s: s + torch.triu(torch.full((N, N), -math.inf), 1), "kv_idx <= q_idx"),
     "arange": (
         lambda s: torch.where(torch.arange(N)[:, None] >= torch.arange(N)[None], s, -math.inf),
-        "q_idx >= kv_idx else nan",
+        "kv_idx <= q_idx else nan",
     ),
     "finite": (
         lambda s: torch.where(torch.arange(N)[:, None] >= torch.arange(N)[None], s, torch.finfo(s.dtype).min),
-        "q_idx >= kv_idx else score",
+        "kv_idx <= q_idx else score",
     ),
     "window": (
         lambda s: s.masked_fill((torch.arange(N)[:, None] - torch.arange(N)).abs() > 3, torch.finfo(torch.float32).min),

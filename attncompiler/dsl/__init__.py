@@ -1,0 +1,1 @@
+"""What users declare: masks and scores, as programs of the language."""

@@ -1,0 +1,218 @@
+"""The declared form: `attention(q, k, v, keep=..., score=...)`. It builds the program that recognition would, and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncompiler.dsl.masks import Mask, adopt, as_mask, rename
+from attncompiler.dsl.trace import traced
+from attncompiler.errors import DeviceError, InvalidProgram, OptionError
+from attncompiler.ir.expr import (
+    AXES,
+    KV_IDX,
+    ONE,
+    Q_IDX,
+    TRUE,
+    B,
+    Const,
+    Dot,
+    Expr,
+    H,
+    Read,
+    Uniform,
+    apply,
+    dots_of,
+    floordiv,
+    mul,
+    reads_of,
+)
+from attncompiler.ir.program import Attention, Axes, Empty, Keep, Softmax, TensorDecl
+from attncompiler.ir.text import to_line
+from attncompiler.ir.verify import verify
+from attncompiler.passes.site import DTYPES
+from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
+
+Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A program with the tensors that its mask and score read, in the order of its operands."""
+
+    program: Attention
+    text: str
+    captured: tuple[Tensor, ...]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Mask | Callable[..., Any] | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the keys that `keep` keeps, differentiable in q, k, v and the floating tensors that `score` reads.
+
+    q [B, H, M, D], k [B, Hk, N, D], v [B, Hk, N, Dv], of one floating dtype and on one device. `keep`: a mask of
+    `attncompiler.masks`, or a function (b, h, q_idx, kv_idx) -> bool. `score`: (score, b, h, q_idx, kv_idx) -> score, of the scaled
+    product. `scale`: default D ** -0.5. With `enable_gqa` Hk may divide H. A query that keeps no key gives zero. Returns O
+    [B, H, M, Dv], and with `return_lse` the natural log of each row's sum, float32 [B, H, M].
+
+    Raises: OptionError for shapes or options that do not fit, DeviceError for tensors on different devices, InvalidProgram for a
+    `keep` or `score` that is no function of positions."""
+    if torch.compiler.is_dynamo_compiling():
+        _check(q, k, v, dropout_p, enable_gqa)
+        return _plain(q, k, v, None if keep is None else as_mask(keep), score, scale, dropout_p, return_lse)
+    declared = declare(q, k, v, keep=keep, score=score, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa)
+    operands = [q, k, v, *declared.captured]
+    if dropout_p > 0.0:
+        operands.append(torch.randint(-(2**62), 2**62, [1], dtype=torch.int64, device=q.device))
+    o, lse, _ = torch.ops.attncompiler.attention.default(operands, [], declared.text, True)
+    return (o, lse) if return_lse else o
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask | None, score: Score | None, scale: float | None, dropout_p: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same in plain torch, for a function that is being compiled: this backend recognises it, others get what they can read."""
+    b, h, m, d = q.shape
+    n, groups = k.shape[2], h // k.shape[1]
+    if groups > 1:
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * (d**-0.5 if scale is None else float(scale))
+    batch = torch.arange(b, device=q.device)[:, None, None, None]
+    head = torch.arange(h, device=q.device)[:, None, None]
+    query, key = torch.arange(m, device=q.device)[:, None], torch.arange(n, device=q.device)
+    if score is not None:
+        scores = score(scores, batch, head, query, key)
+    if keep is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        kept = keep.on(batch, head, query, key)
+        scores = torch.where(kept, scores, float("-inf"))
+        weights = torch.where(kept, torch.softmax(scores, -1), 0.0)  # a query without keys: zero, not NaN
+    out = torch.dropout(weights, dropout_p, dropout_p > 0.0) @ v
+    return (out, torch.logsumexp(scores, -1)) if return_lse else out
+
+
+def declare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Mask | Callable[..., Any] | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+) -> Declared:
+    """The program of a call of `attention`."""
+    _check(q, k, v, dropout_p, enable_gqa)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    key = (_shape(q), _shape(k), _shape(v), scale, dropout_p)
+    known = _KNOWN.get((id(keep), id(score), key))
+    if known is not None:
+        return known[0]
+    declared = _declare(q, k, v, keep, score, scale, dropout_p)
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.pop(next(iter(_KNOWN)))
+    _KNOWN[(id(keep), id(score), key)] = declared, keep, score
+    return declared
+
+
+# programs by the very mask and score; these are held, so that no other object gets their id meanwhile
+_KNOWN: dict[Hashable, tuple[Declared, object, object]] = {}
+_MOST = 256
+
+
+def _shape(tensor: Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _declare(
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask | Callable[..., Any] | None, score: Score | None, scale: float, dropout_p: float
+) -> Declared:
+    b, h, m, _ = q.shape
+    n, groups = k.shape[2], h // k.shape[1]
+    extents = dict(zip(AXES, (b, h, m, n), strict=True))
+    kv_head: Expr = H if groups == 1 else floordiv(H, Const(groups))
+    product: Expr = Dot(Read("q", (B, H, Q_IDX)), Read("k", (B, kv_head, KV_IDX)))
+    scores = mul(product, Const(scale)) if scale != 1.0 else product
+    captured: dict[str, Tensor] = {"q": q, "k": k, "v": v}
+    if score is not None:
+        examples = [torch.zeros(()), *(torch.zeros((), dtype=torch.int64) for _ in AXES)]
+        changed, tensors = traced(score, [scores, *AXES], examples, extents)
+        scores = rename(changed, adopt(captured, tensors))
+    predicate: Expr = TRUE
+    if keep is not None:
+        found, tensors = as_mask(keep).rule(extents)
+        predicate = rename(found, adopt(captured, tensors))
+    if dots_of(predicate):
+        raise InvalidProgram("the mask reads scores", do="let `keep` depend on positions alone; change scores in `score`")
+    adjust: Expr = ONE
+    if dropout_p > 0.0:
+        dropped = apply("ge", Uniform(Read("seed", (Const(0),))), Const(float(dropout_p)))
+        adjust = apply("where", dropped, Const(1.0 / (1.0 - dropout_p)), Const(0.0))
+    used = [name for name in captured if name in "qkv" or any(r.tensor == name for r in reads_of(scores) + reads_of(predicate))]
+    _check_captured(captured, used, q, scores, predicate, extents)
+    decls = [TensorDecl(name, DTYPES[captured[name].dtype], tuple(Const(size) for size in captured[name].shape)) for name in used]
+    if dropout_p > 0.0:
+        decls.append(TensorDecl("seed", DTYPES[torch.int64], (Const(1),)))
+    program = verify(
+        Attention(
+            axes=Axes(*(Const(extents[axis]) for axis in AXES)),
+            tensors=tuple(decls),
+            score=scores,
+            keep=Keep(predicate, Empty.ZERO) if predicate != TRUE else Keep(),
+            weigh=Softmax(),
+            adjust=adjust,
+            sum=Read("v", (B, kv_head, KV_IDX)),
+        )
+    )
+    return Declared(program, to_line(program), tuple(captured[name] for name in used if name not in "qkv"))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, enable_gqa: bool) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise OptionError(f"{name} has {tensor.dim()} dimensions", do=f"give {name} as [B, H, N, D], as SDPA takes it")
+        if tensor.dtype != q.dtype or not tensor.dtype.is_floating_point:
+            raise OptionError(f"{name} is {tensor.dtype}, q is {q.dtype}", do="give q, k and v in one floating dtype")
+        if tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device}, q is on {q.device}", do="move all operands to one device")
+    (b, h, _, d), shapes = q.shape, f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if k.shape[0] != b or v.shape[0] != b or k.shape[3] != d or k.shape[1:3] != v.shape[1:3]:
+        raise OptionError(
+            f"shapes that do not fit: {shapes}", why="q [B, H, M, D], k [B, Hk, N, D] and v [B, Hk, N, Dv] are needed"
+        )
+    if k.shape[1] != h and (not enable_gqa or k.shape[1] == 0 or h % k.shape[1]):
+        do = "pass enable_gqa=True to share keys between heads" if k.shape[1] and h % k.shape[1] == 0 else ""
+        raise OptionError(f"{h} heads of queries and {k.shape[1]} of keys: {shapes}", do=do)
+    if not 0.0 <= dropout_p < 1.0:
+        raise OptionError(f"dropout_p is {dropout_p}", do="give a probability from 0 to below 1")
+
+
+def _check_captured(
+    captured: dict[str, Tensor], used: list[str], q: Tensor, scores: Expr, predicate: Expr, extents: dict[Any, int]
+) -> None:
+    """Captured tensors must lie on q's device and be long enough for the positions that they are read at."""
+    for name in used:
+        if captured[name].device != q.device:
+            raise DeviceError(f"{name} of the mask or score is on {captured[name].device}, q is on {q.device}", do="move it there")
+    for read in (r for r in reads_of(scores) + reads_of(predicate) if r.tensor not in "qkv"):
+        for place, (entry, size) in enumerate(zip(read.index, captured[read.tensor].shape, strict=True)):
+            if entry in extents and extents[entry] > size:
+                raise OptionError(
+                    f"{read.tensor} {list(captured[read.tensor].shape)} is read at {extents[entry]} positions of {entry.name}",  # type: ignore[attr-defined]
+                    why=f"its dimension {place} has {size}",
+                )

@@ -1,0 +1,58 @@
+"""A user's function of positions -> an expression, with the tensors that it captures: FlexAttention's mods, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attncompiler.errors import InvalidProgram, Unrecognised
+from attncompiler.ir.expr import Axis, Expr
+from attncompiler.passes.reader import Reader
+from attncompiler.passes.recognise_calls import ModReader
+from attncompiler.passes.sizes import IndexSpace
+
+
+def traced(
+    function: Callable[..., Any], bound: Sequence[Expr], examples: Sequence[Tensor], extents: Mapping[Axis, int]
+) -> tuple[Expr, dict[str, Tensor]]:
+    """The expression that `function` computes of `bound` on axes of these sizes, and the tensors that it reads, by name.
+
+    `examples` are 0-d tensors of the dtypes of its arguments. Raises: InvalidProgram where it does more than elementwise
+    arithmetic and reading captured tensors."""
+    name = getattr(function, "__name__", "the function")
+    try:
+        with TransformGetItemToIndex():  # captured[q_idx] of a 0-d tensor is an indexing, not a number
+            module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidProgram(f"{name} can't be traced", why=reason, do="use operations of torch alone") from error
+    outer = Graph()
+    captured: dict[str, Tensor] = {}
+    values: list[Any] = list(bound)
+    last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        tensor = getattr(module, str(node.target))
+        known = next((held for held, value in captured.items() if value is tensor), None)
+        held = known or f"captured{len(captured) or ''}"
+        captured[held] = tensor
+        with module.graph.inserting_after(last):
+            last = module.graph.placeholder(held + "_" + node.name)
+        last.meta["val"] = tensor
+        node.replace_all_uses_with(last)
+        module.graph.erase_node(node)
+        place = next((n for n in outer.nodes if n.name == held), None) or outer.placeholder(held)
+        place.meta["val"] = tensor
+        values.append(place)
+    outer.output(())
+    space = IndexSpace()
+    space.extents.update(extents)
+    reader = Reader(GraphModule({}, outer), space, frozenset())
+    try:
+        return ModReader(reader, module, values).result(), captured
+    except Unrecognised as error:
+        raise InvalidProgram(f"{name} is no expression of positions: {error.what}", where=error.where, why=error.why) from error

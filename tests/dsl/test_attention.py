@@ -1,0 +1,152 @@
+"""The declared form: against plain torch, and against the same attention recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import attncompiler
+from attncompiler import masks
+from attncompiler.dsl.attention import declare
+from attncompiler.errors import AttnCompilerError, DeviceError, InvalidProgram, OptionError
+from attncompiler.ir.text import to_text
+from attncompiler.masks import Mask
+
+
+def operands(b: int = 2, h: int = 4, hk: int = 2, m: int = 24, n: int = 24, d: int = 16, dv: int = 16) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = (b, h, m, d), (b, hk, n, d), (b, hk, n, dv)
+    return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, change: Callable[[Tensor], Tensor] = lambda s: s) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = change(q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~dense, float("-inf"))
+    empty = ~dense.any(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) @ v
+
+
+def agree(ours: Tensor, expected: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(ours, expected)
+    grad = torch.randn_like(expected)
+    found = torch.autograd.grad(ours, leaves, grad)
+    for mine, other in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+IDS = torch.repeat_interleave(torch.arange(4), 6)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.full(), masks.causal(), masks.causal() & masks.window(5), masks.causal() & (masks.window(3) | masks.sink(2)),
+        masks.prefix(torch.tensor([0, 7])) | masks.causal(), masks.padding(torch.tensor([24, 0])),
+        masks.causal() & masks.document(IDS),
+        masks.dilated(2, 3), masks.blocks(5), masks.strided(2, 2, 3, 4), masks.grid((4, 6), (3, 3), (1, 2)),
+        masks.disc((4, 5), 2, 4),
+        masks.per_head([masks.causal(), masks.window(1), masks.sink(1), masks.causal()]),
+        masks.where(lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % (h + 2) == 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_masks(mask: Mask) -> None:
+    q, k, v = operands()
+    agree(attncompiler.attention(q, k, v, keep=mask, enable_gqa=True), reference(q, k, v, mask.dense(2, 4, 24, 24)), (q, k, v))
+
+
+def test_scores_with_captured_tensors() -> None:
+    q, k, v = operands(hk=4)
+    table = torch.randn(4, 47, dtype=torch.float64, requires_grad=True)
+
+    def score(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return torch.tanh(s / 3.0) * 3.0 + table[h, q_idx - kv_idx + 23]
+
+    i = torch.arange(24)
+    bias = table[:, i[:, None] - i + 23]
+    expected = reference(q, k, v, torch.ones(24, 24, dtype=torch.bool), lambda s: torch.tanh(s / 3.0) * 3.0 + bias)
+    agree(attncompiler.attention(q, k, v, score=score), expected, (q, k, v, table))
+
+
+def test_lse_and_dropout() -> None:
+    q, k, v = operands(hk=4)
+    _, lse = attncompiler.attention(q, k, v, keep=masks.causal(), return_lse=True)
+    scores = (q @ k.mT * 0.25).masked_fill(torch.ones(24, 24).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.manual_seed(3)
+    first = attncompiler.attention(q, k, v, dropout_p=0.5)
+    second = attncompiler.attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, attncompiler.attention(q, k, v, dropout_p=0.5)) and not torch.equal(first, second)
+
+
+def test_declared_and_recognised_are_one_program() -> None:
+    q, k, v = (t.detach().float() for t in operands())
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(24)
+        dense = (i[None, :] <= i[:, None]) & (i[:, None] - i[None, :] <= 5)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)
+
+    found = attncompiler.explain(plain, q, k, v).regions[0].ir
+    declared = to_text(declare(q, k, v, keep=masks.causal() & masks.window(5, 0), enable_gqa=True).program)
+    assert found.split("\n", 1)[1].strip() == declared.split("\n", 1)[1].strip()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal() & masks.window(5), masks.causal() & (masks.window(3) | masks.sink(2)), masks.dilated(2, 3),
+        masks.blocks(5), masks.strided(2, 2, 3, 4), masks.grid((4, 6), (3, 2), (1, 2), (1, 2)), masks.disc((4, 5), 2, 4),
+        ~masks.document(every=7),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_plain_form_is_recognised_as_declared(mask: Mask) -> None:
+    """What `attention` is to Dynamo, plain torch, gives the program that it builds itself."""
+    q, k, v = (t.detach().float() for t in operands(hk=4))
+    found = attncompiler.explain(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), q, k, v).regions[0].ir
+    declared = to_text(declare(q, k, v, keep=mask).program)
+    assert found.split("\n", 1)[1].strip() == declared.split("\n", 1)[1].strip()
+
+
+@pytest.mark.parametrize("backend", ["attncompiler", "aot_eager"])
+def test_inside_a_compiled_function(backend: str) -> None:
+    q, k, v = operands(hk=4)
+    mask = masks.causal() & masks.document(IDS)
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attncompiler.attention(q * 2.0, k, v, keep=mask)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).flatten(2)
+
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    expected = reference(q * 2.0, k, v, mask.dense(2, 4, 24, 24)).transpose(1, 2).flatten(2)
+    agree(compiled(q, k, v), expected, (q, k, v))
+
+
+def sorts(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return s.sort().values
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda q, k, v: attncompiler.attention(q[0], k, v), OptionError, "q has 3 dimensions"),
+        (lambda q, k, v: attncompiler.attention(q, k.float(), v), OptionError, "k is torch.float32, q is torch.float64"),
+        (lambda q, k, v: attncompiler.attention(q, k, v), OptionError, "pass enable_gqa=True"),
+        (lambda q, k, v: attncompiler.attention(q, k[..., :3], v, enable_gqa=True), OptionError, "shapes that do not fit"),
+        (lambda q, k, v: attncompiler.attention(q, k.to("meta"), v), DeviceError, "k is on meta"),
+        (lambda q, k, v: attncompiler.attention(q, k, v, dropout_p=1.0, enable_gqa=True), OptionError, "dropout_p is 1.0"),
+        (lambda q, k, v: attncompiler.attention(q, k, v, keep=masks.document(IDS[:20]), enable_gqa=True), OptionError,
+         "read at 24 positions of q_idx"),
+        (lambda q, k, v: attncompiler.attention(q, k, v, keep=masks.grid((5, 5), 3), enable_gqa=True), OptionError, "25 tokens"),
+        (lambda q, k, v: attncompiler.attention(q, k, v, score=sorts, enable_gqa=True), InvalidProgram, "no expression"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(call: Callable[..., Tensor], error: type[AttnCompilerError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(*operands())

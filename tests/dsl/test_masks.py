@@ -1,0 +1,174 @@
+"""Every mask against its definition, pair by pair."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler import masks
+from attncompiler.errors import InvalidProgram, OptionError
+from attncompiler.masks import Mask
+
+
+def positions(m: int, n: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(m)[:, None], torch.arange(n)[None, :]
+
+
+def same(mask: Mask, expected: Tensor, b: int = 1, h: int = 1) -> bool:
+    m, n = expected.shape[-2:]
+    return torch.equal(mask.dense(b, h, m, n).expand(b, h, m, n), expected.expand(b, h, m, n))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sequences(seed: int) -> None:
+    r = random.Random(seed)
+    m, n = r.randint(1, 30), r.randint(1, 30)
+    q, k = positions(m, n)
+    a, c, d = r.randint(0, 9), r.randint(0, 9), r.randint(1, 4)
+    lengths = torch.tensor([r.randint(0, n) for _ in range(3)])
+    assert same(masks.full(), torch.ones(m, n, dtype=torch.bool))
+    assert same(masks.causal(a), k <= q + a)
+    assert same(masks.window(a), (q - k).abs() <= a)
+    assert same(masks.window(a, c), (q - k <= a) & (k - q <= c))
+    assert same(masks.sink(a), (k < a).expand(m, n))
+    assert same(masks.prefix(a) | masks.causal(), (k < a) | (k <= q))
+    assert same(masks.prefix(lengths), (k < lengths[:, None, None, None]).expand(3, 1, m, n), b=3)
+    assert same(masks.padding(lengths) & ~masks.causal(), (k < lengths[:, None, None, None]) & (k > q), b=3)
+    assert same(masks.dilated(a, d), ((q - k).abs() <= a * d) & ((q - k) % d == 0))
+    assert same(masks.blocks(d), q // d == k // d)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_documents(seed: int) -> None:
+    r = random.Random(seed)
+    lengths = [r.randint(1, 6) for _ in range(r.randint(1, 6))]
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    expected = ids[:, None] == ids[None, :]
+    assert same(masks.document(ids), expected)
+    assert same(masks.document(lengths=lengths), expected)
+    assert same(masks.document(cu_seqlens=ends), expected)
+    two = torch.stack([ids, ids.flip(0)])
+    assert same(masks.document(two), (two[:, :, None] == two[:, None, :])[:, None], b=2)
+    every = r.randint(1, 5)
+    q, k = positions(len(ids), len(ids))
+    assert same(masks.document(every=every), q // every == k // every)
+
+
+def axis_mask(length: int, w: int, s: int, d: int, causal: bool) -> Tensor:
+    """NATTEN's rule for one axis, from its definition."""
+    found = torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        members = list(range(i % d, length, d))
+        place, last = members.index(i), len(members) - 1
+        first = place // s * s
+        if causal:
+            leader = min(first + s - 1, last)
+            seen = members[max(leader - w + 1, 0) : place + 1]
+        else:
+            leader = min(first + s // 2, last)
+            low = min(max(leader - w // 2, 0), len(members) - w)
+            seen = members[low : low + w]
+        found[i, seen] = True
+    return found
+
+
+@pytest.mark.parametrize("first", range(0, 1000, 100))
+def test_grids(first: int) -> None:
+    for seed in range(first, first + 100):
+        r = random.Random(seed)
+        shape, window, stride, dilation, causal = [], [], [], [], []
+        expected = torch.ones(1, 1, dtype=torch.bool)
+        for _ in range(r.randint(1, 3)):
+            length, d = r.randint(1, 9), r.randint(1, 3)
+            d = min(d, length)
+            w = r.randint(1, length // d)
+            s, c = r.randint(1, w), r.random() < 0.3
+            for values, value in zip((shape, window, stride, dilation, causal), (length, w, s, d, c), strict=True):
+                values.append(value)
+            one = axis_mask(length, w, s, d, c)
+            expected = (expected[:, None, :, None] & one[None, :, None, :]).reshape(len(expected) * length, -1)
+        assert same(masks.grid(shape, window, stride, dilation, causal), expected), (shape, window, stride, dilation, causal)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_discs(seed: int) -> None:
+    r = random.Random(seed)
+    rows, columns, radius, text = r.randint(1, 9), r.randint(1, 9), r.randint(1, 6), r.choice([0, 0, 3])
+    n = torch.arange(rows * columns)
+    y, x = n // columns, n % columns
+    near = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2
+    expected = torch.ones(text + rows * columns, text + rows * columns, dtype=torch.bool)
+    expected[text:, text:] = near
+    assert same(masks.disc((rows, columns), radius, text), expected)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_strided(seed: int) -> None:
+    r = random.Random(seed)
+    block, local, stride, tokens = r.randint(1, 4), r.randint(1, 4), r.randint(1, 6), r.randint(1, 40)
+    shards = r.randint(1, 3)
+    heads, dense, offset = shards * r.randint(1, 2), r.randint(0, 1), r.randint(0, 3)
+    q, k = positions(tokens, tokens)
+    rows, columns = q // block, k // block
+    one_a_shard = []
+    for shard in range(shards):
+        stripes = (columns + shard * max(1, stride // heads) + offset) % stride == 0
+        kept = (stripes | (rows - columns < local)) & (k <= q)
+        one_a_shard += [k <= q if shard >= shards - dense else kept] * (heads // shards)
+    mask = masks.strided(block, local, stride, heads, kv_heads=shards, dense_heads=dense, offset=offset)
+    assert same(mask, torch.stack(one_a_shard)[None], h=heads)
+    away = (rows - columns - local + 1).clamp(min=0) + (columns - rows - local + 1).clamp(min=0)
+    assert same(masks.strided(block, local, stride, causal=False), away % stride == 0)
+
+
+def test_one_mask_a_head() -> None:
+    q, k = positions(9, 9)
+    mask = masks.per_head([masks.causal(), masks.window(2), masks.causal()])
+    assert same(mask, torch.stack([k <= q, (q - k).abs() <= 2, k <= q])[None], h=3)
+    assert same(masks.per_head([masks.causal()] * 2), k <= q, h=2)
+    with pytest.raises(OptionError, match="3 masks for 2 heads"):
+        mask.dense(1, 2, 9, 9)
+
+
+def test_functions_of_positions() -> None:
+    """FlexAttention's mask_mods as they are, with captured tensors."""
+    doc, table = torch.tensor([0, 0, 1, 1, 1]), torch.rand(2, 9) > 0.4
+    q, k = positions(5, 5)
+    expected = (doc[q] == doc[k]) & (q >= k)
+    assert same(masks.where(lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (q_idx >= kv_idx)), expected)
+    assert same(masks.causal() & (lambda b, h, q_idx, kv_idx: doc[q_idx] == doc[kv_idx]), expected)  # type: ignore[operator]
+    relative = masks.where(lambda b, h, q_idx, kv_idx: table[h, q_idx - kv_idx + 4])
+    assert same(relative, torch.stack([table[0][q - k + 4], table[1][q - k + 4]])[None], h=2)
+
+
+def test_two_tensors_of_one_name_stay_two() -> None:
+    first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
+    both = masks.document(first) & masks.document(second)
+    assert same(both, (first[:, None] == first) & (second[:, None] == second))
+
+
+def test_a_mask_prints_as_a_formula() -> None:
+    assert str(masks.causal() & (masks.window(128) | masks.sink(4))) == "causal() & (window(128, 128) | sink(4))"
+    assert str(~masks.grid((4, 4), 3, stride=2)) == "~grid((4, 4), window=3, stride=2)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: masks.window(-1), "negative side"),
+        (lambda: masks.grid((4, 4), 5), "axis 0 of 4 tokens can't have window 5"),
+        (lambda: masks.grid((4, 4), (2, 2, 2)), "3 numbers for 2 axes"),
+        (lambda: masks.grid((4, 4), 3).dense(1, 1, 15, 16), "is for 16 tokens, not 15 queries"),
+        (lambda: masks.document(), "one of ids"),
+        (lambda: masks.document(torch.ones(3)), "must be integers"),
+        (lambda: masks.causal() & 3, "is no mask"),
+        (lambda: masks.where(lambda b, h, q, k: bool(q)).dense(1, 1, 3, 3), "can't be traced"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(make: object, message: str) -> None:
+    with pytest.raises((OptionError, InvalidProgram), match=message):
+        make()  # type: ignore[operator]
