@@ -14,7 +14,7 @@ from attncompiler.ir.evaluate import Block, whole
 from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, dots_of, reads_of
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty
-from attncompiler.passes.plan import Coverage, TilePlan, build_plan, score_where_kept
+from attncompiler.passes.plan import TilePlan, build_plan, score_where_kept
 
 _BLOCK_Q, _BLOCK_KV = 128, 64
 _WHOLE = 256  # up to this many queries and keys, one block holds everything
@@ -163,7 +163,7 @@ def _part(view: VectorView, tile: _Tile) -> Tensor:
 def _row_ranges(plan: TilePlan, n: int) -> list[tuple[tuple[tuple[int, int], ...], bool]]:
     """For each row of the plan its key ranges in elements, and whether any of its tiles is partial."""
     visited = plan.visited
-    masked = (plan.coverage == Coverage.PARTIAL).any(3).reshape(-1).tolist()
+    masked = (plan.partial.count > 0).tolist()
     found = []
     for count, begin, end, partial in zip(
         visited.count.tolist(), visited.begin.tolist(), visited.end.tolist(), masked, strict=True

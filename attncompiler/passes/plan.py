@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep, TensorDecl, kind_of
 from attncompiler.passes.intervals import Tiles
+from attncompiler.passes.spans import Span, spans
 
 
 class Coverage(enum.IntEnum):
@@ -57,62 +59,90 @@ class TileRanges:
     begin: Tensor
     end: Tensor
 
+    @property
+    def lengths(self) -> Tensor:
+        """How many tiles each row has, int64 [P]."""
+        used = torch.arange(self.begin.shape[1], device=self.begin.device) < self.count.unsqueeze(1)
+        return ((self.end - self.begin) * used).sum(1, dtype=torch.int64)
 
-@dataclass(frozen=True)
+    def of_rows(self, rows: Tensor) -> TileRanges:
+        """Those of some rows."""
+        return TileRanges(*(x.index_select(0, rows) for x in (self.count, self.begin, self.end)))
+
+    def to(self, device: torch.device) -> TileRanges:
+        """The same on another device."""
+        return TileRanges(self.count.to(device), self.begin.to(device), self.end.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class TilePlan:
-    """Coverage of every tile; `plan_b` and `plan_h` are 1 where all batches or heads share it.
+    """Which tiles a program visits. `plan_b` and `plan_h` are 1 where all batches or heads share the plan.
 
-    Row p of `partial` and `full` is (pb * plan_h + ph) * q_tiles + q_tile."""
+    Row p of `visited`, `full` and `partial` is (pb * plan_h + ph) * q_tiles + q_tile; `visited` is the other two together."""
 
     block_q: int
     block_kv: int
-    coverage: Tensor  # int8 [plan_b, plan_h, q_tiles, kv_tiles], of Coverage
+    plan_b: int
+    plan_h: int
+    q_tiles: int
+    kv_tiles: int
+    visited: TileRanges
+    full: TileRanges
+    partial: TileRanges
+    mirrored: Callable[[], TilePlan]
 
-    @property
-    def plan_b(self) -> int:
-        return self.coverage.shape[0]
+    @staticmethod
+    def of_coverage(block_q: int, block_kv: int, coverage: Tensor) -> TilePlan:
+        """From int8 [plan_b, plan_h, q_tiles, kv_tiles], of Coverage."""
+        plan_b, plan_h, q_tiles, kv_tiles = coverage.shape
+        visited, full, partial = (
+            _ranges(wanted) for wanted in (coverage != Coverage.EMPTY, coverage == Coverage.FULL, coverage == Coverage.PARTIAL)
+        )
 
-    @property
-    def plan_h(self) -> int:
-        return self.coverage.shape[1]
+        def mirrored() -> TilePlan:
+            return TilePlan.of_coverage(block_kv, block_q, coverage.transpose(2, 3).contiguous())
 
-    @property
-    def q_tiles(self) -> int:
-        return self.coverage.shape[2]
-
-    @property
-    def kv_tiles(self) -> int:
-        return self.coverage.shape[3]
-
-    @functools.cached_property
-    def partial(self) -> TileRanges:
-        return _ranges(self.coverage == Coverage.PARTIAL)
-
-    @functools.cached_property
-    def full(self) -> TileRanges:
-        return _ranges(self.coverage == Coverage.FULL)
+        return TilePlan(block_q, block_kv, plan_b, plan_h, q_tiles, kv_tiles, visited, full, partial, mirrored)
 
     @functools.cached_property
-    def visited(self) -> TileRanges:
-        return _ranges(self.coverage != Coverage.EMPTY)
+    def coverage(self) -> Tensor:
+        """int8 [plan_b, plan_h, q_tiles, kv_tiles], of Coverage: one number for each tile, for pictures and tests."""
+        found = torch.zeros(self.visited.count.shape[0], self.kv_tiles + 1, dtype=torch.int8, device=self.visited.count.device)
+        for ranges, kind in ((self.full, Coverage.FULL), (self.partial, Coverage.PARTIAL)):
+            used = torch.arange(ranges.begin.shape[1], device=found.device) < ranges.count.unsqueeze(1)
+            step = used.to(torch.int8) * int(kind)
+            found.scatter_add_(1, (ranges.begin * used).long(), step).scatter_add_(1, (ranges.end * used).long(), -step)
+        return found.cumsum(1, dtype=torch.int8)[:, :-1].reshape(self.plan_b, self.plan_h, self.q_tiles, self.kv_tiles)
+
+    @functools.cached_property
+    def work(self) -> Tensor:
+        """How many tiles each row visits, int64 [plan_b, plan_h, q_tiles]."""
+        return self.visited.lengths.reshape(self.plan_b, self.plan_h, self.q_tiles)
 
     @property
     def density(self) -> float:
         """The share of tiles that are visited. Waits for the device."""
-        return float((self.coverage != Coverage.EMPTY).float().mean()) if self.coverage.numel() else 0.0
+        tiles = self.work.numel() * self.kv_tiles
+        return float(self.work.sum()) / tiles if tiles else 0.0
+
+    @functools.cached_property
+    def _mirrored(self) -> TilePlan:
+        return self.mirrored()
 
     def transposed(self) -> TilePlan:
-        """The same plan with the query tiles of every key tile: the order of the backward for keys and values."""
-        return _transposed(self)
+        """The plan with the query tiles of every key tile: the order of the backward for keys and values."""
+        return self._mirrored
 
-    def rows_in(self, order: Tensor) -> TilePlan:
-        """The same plan with its rows in another order."""
-        return TilePlan(self.block_q, self.block_kv, self.coverage.index_select(2, order))
+    def rows_in(self, order: Tensor) -> tuple[TileRanges, TileRanges]:
+        """The full and the partial ranges, with the query tiles of each batch and head in another order."""
+        first = torch.arange(self.plan_b * self.plan_h, device=order.device).unsqueeze(1) * self.q_tiles
+        rows = (first + order).reshape(-1)
+        return self.full.of_rows(rows), self.partial.of_rows(rows)
 
-
-@functools.lru_cache(maxsize=256)
-def _transposed(plan: TilePlan) -> TilePlan:
-    return TilePlan(plan.block_kv, plan.block_q, plan.coverage.transpose(2, 3).contiguous())
+    def to(self, device: torch.device) -> TilePlan:
+        """The same plan on another device."""
+        visited, full, partial = (kind.to(device) for kind in (self.visited, self.full, self.partial))
+        return replace(self, visited=visited, full=full, partial=partial, mirrored=lambda: self.transposed().to(device))
 
 
 def _ranges(wanted: Tensor) -> TileRanges:
@@ -161,7 +191,7 @@ def _with_sizes(predicate: Expr, program: Attention, sizes: Mapping[str, int]) -
 @functools.lru_cache(maxsize=512)
 def _static_plan(keep: Keep, shape: tuple[int, ...], block_q: int, block_kv: int, device: torch.device) -> TilePlan:
     plan = _plan(keep, {}, shape, block_q, block_kv, torch.device("cpu"))
-    return plan if device.type == "cpu" else TilePlan(block_q, block_kv, plan.coverage.to(device))
+    return plan if device.type == "cpu" else plan.to(device)
 
 
 def _plan(
@@ -169,9 +199,17 @@ def _plan(
 ) -> TilePlan:
     extents = dict(zip((axis.name for axis in AXES), shape, strict=True))
     q_tiles, kv_tiles = math.ceil(shape[2] / block_q), math.ceil(shape[3] / block_kv)
-    block = whole(operands, {}, extents, torch.float64, device)
+
+    def positions() -> Block:
+        return whole(operands, {}, extents, torch.float64, device)
+
     axes = axes_of(keep.predicate)
     plan_b, plan_h = (shape[0] if "b" in axes else 1), (shape[1] if "h" in axes else 1)
+    if device.type == "cpu" and min(shape) > 0:
+        planned = _of_spans(keep, positions, (plan_b, plan_h), block_q, block_kv)
+        if planned is not None:
+            return planned
+    block = positions()
     if keep.predicate == TRUE:
         coverage = torch.full((1, 1, q_tiles, kv_tiles), Coverage.FULL, dtype=torch.int8, device=device)
     elif reads_of(keep.predicate) and device.type != "cpu":
@@ -184,7 +222,93 @@ def _plan(
         coverage[..., -1] = coverage[..., -1].clamp(max=Coverage.PARTIAL)
     if keep.empty is Empty.SCORE:
         coverage = _visit_all_for_empty_rows(keep.predicate, block, coverage, block_q)
-    return TilePlan(block_q, block_kv, coverage)
+    return TilePlan.of_coverage(block_q, block_kv, coverage)
+
+
+def _of_spans(keep: Keep, positions: Callable[[], Block], heads: tuple[int, int], block_q: int, block_kv: int) -> TilePlan | None:
+    """The plan from the runs that each row keeps, where the predicate is made of such. Plans are kept: positions are not."""
+    block = positions()
+    rows = spans(keep.predicate, block, Q_IDX, KV_IDX)
+    if rows is None:
+        return None
+    if keep.empty is Empty.SCORE:
+        kept = [span.end > span.begin for span in rows]
+        if not kept or not bool(functools.reduce(torch.logical_or, kept).all()):
+            return None
+    m, n = block.extents["q_idx"], block.extents["kv_idx"]
+    q_tiles, kv_tiles = math.ceil(m / block_q), math.ceil(n / block_kv)
+
+    def mirrored() -> TilePlan:
+        columns = spans(keep.predicate, positions(), KV_IDX, Q_IDX)
+        if columns is None:
+            return TilePlan.of_coverage(block_kv, block_q, forward.coverage.transpose(2, 3).contiguous())
+        ranges = _tile_ranges(columns, heads, block_kv, block_q, n, m, by_keys=True)
+        return TilePlan(block_kv, block_q, *heads, kv_tiles, q_tiles, *ranges, lambda: forward)
+
+    ranges = _tile_ranges(rows, heads, block_q, block_kv, m, n, by_keys=False)
+    forward = TilePlan(block_q, block_kv, *heads, q_tiles, kv_tiles, *ranges, mirrored)
+    return forward
+
+
+def _tile_ranges(
+    of: list[Span], heads: tuple[int, int], row_block: int, column_block: int, length: int, width: int, by_keys: bool
+) -> tuple[TileRanges, TileRanges, TileRanges]:
+    """Visited, full and partial tiles of every row of tiles, from the spans of its rows.
+
+    A key tile that is cut short is never full; a query tile may be: what it computes outside is not stored."""
+    rows, tiles = math.ceil(length / row_block), math.ceil(width / column_block)
+    edges = []
+    for span in of:
+        begin, end = (_in_tiles(x.expand(*heads, length), row_block) for x in (span.begin, span.end))
+        some = end > begin
+        begin, end = torch.where(some, begin, width), torch.where(some, end, 0)
+        first, last = begin.amin(-1) // column_block, (end.amax(-1) + column_block - 1) // column_block
+        inner_first, common = (begin.amax(-1) + column_block - 1) // column_block, end.amin(-1)
+        inner_last = torch.where(common == width, tiles, common // column_block) if by_keys else common // column_block
+        if by_keys and length % row_block:
+            inner_last[..., -1] = 0
+        last = torch.maximum(first, last)
+        inner_first = torch.minimum(torch.maximum(inner_first, first), last)
+        inner_last = torch.minimum(torch.maximum(inner_last, inner_first), last)
+        edges.append(torch.stack([first, last, inner_first, inner_last], -1).reshape(-1, 4))
+    if not edges:
+        nothing = torch.zeros(heads[0] * heads[1] * rows, 1, dtype=torch.int64)
+        return (_runs(nothing, [nothing[:, 0] > 0]),) * 3
+    points = torch.cat(edges, 1).sort(1).values
+    any_, full = [], []
+    for left, right in itertools.pairwise(points.unbind(1)):  # what holds at the left end holds up to the right one
+        real = right > left
+        any_.append(real & torch.stack([(e[:, 0] <= left) & (left < e[:, 1]) for e in edges]).any(0))
+        full.append(real & torch.stack([(e[:, 2] <= left) & (left < e[:, 3]) for e in edges]).any(0))
+    partial = [some & ~whole_ for some, whole_ in zip(any_, full, strict=True)]
+    return _runs(points, any_), _runs(points, full), _runs(points, partial)
+
+
+def _in_tiles(values: Tensor, size: int) -> Tensor:
+    """The last axis cut into tiles; the last tile repeats its last value."""
+    short = -values.shape[-1] % size
+    if short:
+        values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], short)], -1)
+    return values.reshape(*values.shape[:-1], -1, size)
+
+
+def _runs(points: Tensor, wanted: list[Tensor]) -> TileRanges:
+    """Neighbouring segments between `points` [P, S] that are wanted, as one; those of no length part nothing."""
+    lengths = (points[:, 1:] > points[:, :-1]).unbind(1)
+    count = torch.zeros(points.shape[0], dtype=torch.int64)
+    begin = torch.zeros(points.shape[0], len(wanted) // 2 + 2, dtype=torch.int64)
+    end, rows = begin.clone(), torch.arange(points.shape[0])
+    inside = torch.zeros(points.shape[0], dtype=torch.bool)
+    for place, (some, real) in enumerate(zip(wanted, lengths, strict=False)):
+        begins, ends = some & ~inside, real & ~some & inside
+        begin[rows[begins], count[begins]] = points[begins, place]
+        end[rows[ends], count[ends]] = points[ends, place]
+        count += ends
+        inside = (inside | begins) & ~ends
+    end[rows[inside], count[inside]] = points[inside, -1]
+    count += inside
+    room = max(int(count.max()), 1)
+    return TileRanges(count.to(torch.int32), *(x[:, :room].to(torch.int32).contiguous() for x in (begin, end)))
 
 
 def _coverage(predicate: Expr, tiles: Tiles) -> Tensor:

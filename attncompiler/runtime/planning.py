@@ -42,15 +42,15 @@ class Planner:
         if not (self.is_static and self._tables):
             plan = self._rows(self._program, operands)
             order = _order(plan)
-            plan = plan.rows_in(order)
-            self._tables = {**_ranges("Full", plan.full), **_ranges("Partial", plan.partial), "Order": order}
+            full, partial = plan.rows_in(order)
+            self._tables = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order}
         if self.is_static:
             return self._tables
         return {**self._tables, "NextRow": torch.zeros(1, dtype=torch.int32, device=self._device)}
 
     def rows_alike(self, operands: Mapping[str, Tensor]) -> bool:
         """True where all rows visit about as many tiles: then a fixed share of the rows for each program is fair."""
-        work = (self._rows(self._program, operands).coverage != 0).sum(3).float()
+        work = self._rows(self._program, operands).work.float()
         return bool(work.max() <= 1.25 * work.mean())
 
     def _rows(self, program: Attention, operands: Mapping[str, Tensor]) -> TilePlan:
@@ -118,5 +118,4 @@ def _ranges(name: str, ranges: TileRanges) -> dict[str, Any]:
 
 def _order(plan: TilePlan) -> Tensor:
     """Tiles with the most work first, so that the last programs to run are short."""
-    work = (plan.coverage != 0).sum(3).amax((0, 1))
-    return torch.argsort(work, descending=True, stable=True).to(torch.int32)
+    return torch.argsort(plan.work.amax((0, 1)), descending=True, stable=True).to(torch.int32)

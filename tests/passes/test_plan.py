@@ -109,6 +109,7 @@ def test_plans_are_exact(first: int, reads: bool) -> None:
         plan = build_plan(p, made, {}, block_q, block_kv)
         kept = truth(p, made, m, n)
         check(p, plan.coverage, kept, block_q, block_kv)
+        check(p, plan.transposed().coverage.transpose(2, 3), kept, block_q, block_kv)
         check_ranges(plan.full.count, plan.full.begin, plan.full.end, plan.coverage, Coverage.FULL)
         check_ranges(plan.partial.count, plan.partial.begin, plan.partial.end, plan.coverage, Coverage.PARTIAL)
 
