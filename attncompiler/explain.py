@@ -13,7 +13,8 @@ from attncompiler.backend import compile_or_leave
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
-from attncompiler.ir.expr import TRUE, conj, conjuncts, reads_of
+from attncompiler.ir.expr import TRUE, Const, conj, conjuncts, reads_of
+from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Keep
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.lift_mask import weak_mask
@@ -22,6 +23,7 @@ from attncompiler.passes.site import Site
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.triton_launch import static_groups
 from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.speed_of_light import speed_of_light
 from attncompiler.tuning.target import TARGETS, Target
 
 TILE_Q, TILE_KV = 128, 64  # tiles that densities and pictures are counted in
@@ -69,6 +71,11 @@ def _region(site: Site) -> Region:
     reason = unsupported(program)
     if reason:
         notes = (*notes, f"no GPU kernel: {reason}")
+    sizes = hinted_sizes(site)
+    value = program.value.shape[-1]
+    channels = int(value.value) if isinstance(value, Const) else 64
+    extents = extents_of(program, sizes)
+    shape = extents["b"], extents["h"], extents["q_idx"], extents["kv_idx"], channels
     return Region(
         family="softmax",
         ir=to_text(program),
@@ -78,6 +85,7 @@ def _region(site: Site) -> Region:
         source_location=program.origin.line,
         kernels={} if reason else {"attention": kernel_source(program)},
         notes=notes,
+        speed_of_light=speed_of_light(density, None, shape, TARGETS["sm_90"]) if min(shape) > 0 else None,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from tabulate import tabulate
+
+from attncompiler.tuning.speed_of_light import SpeedOfLight
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,8 @@ class Region:
     """One attention that was taken: a score-to-sum site of the user's code.
 
     `ir` is the program's text, `mask` its keep clause ("all pairs" if it drops none), `density` the share of (query, key) tiles
-    that the plan visits, `template` the lowering, `kernels` the generated sources by name.
+    that the plan visits, `template` the lowering, `kernels` the generated sources by name, `speed_of_light` what the mask can be
+    worth on an H100 (tiles only: pairs are counted by `attncompiler plan`).
     """
 
     family: str
@@ -24,6 +27,7 @@ class Region:
     source_location: str
     kernels: Mapping[str, str] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
+    speed_of_light: SpeedOfLight | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Explanation:
                 {
                     "family": r.family, "ir": r.ir, "mask": r.mask, "density": r.density, "template": r.template,
                     "source_location": r.source_location, "kernels": dict(r.kernels), "notes": list(r.notes),
+                    "speed_of_light": asdict(r.speed_of_light) if r.speed_of_light is not None else None,
                 }
                 for r in self.regions
             ],

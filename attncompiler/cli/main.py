@@ -1,4 +1,4 @@
-"""`attncompiler explain | inspect | doctor`. Exit codes: 0 all well, 1 something was missed or failed, 2 wrong usage."""
+"""`attncompiler explain | inspect | plan | doctor`. Exit codes: 0 all well, 1 something was missed or failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import attncompiler
-from attncompiler.cli import doctor, inspect
+from attncompiler.cli import doctor, inspect, plan
 from attncompiler.cli.subject import INPUTS_HELP, load
 from attncompiler.errors import AttnCompilerError, OptionError
 from attncompiler.tuning.target import TARGETS
@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to compile for; none is needed here")
     look.add_argument("--html", metavar="FILE", help="write a page: source beside the program, and the mask's picture")
     look.set_defaults(run=inspect.run)
+    cost = command("plan", "say what a mask keeps and costs at a shape, without running it", False)
+    cost.add_argument("mask", help='an expression of attncompiler.masks, e.g. "causal & window(1024)"')
+    cost.add_argument("--shape", required=True, metavar="B,H,N,D", help="or B,H,M,N,D: batch, heads, queries, keys, channels")
+    cost.add_argument("--tile", default="128,128", metavar="QUERIES,KEYS", help="tile size (default 128,128)")
+    cost.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to predict for")
+    cost.add_argument("--picture", action="store_true", help="draw the tiles")
+    cost.set_defaults(run=plan.run)
     health = command("doctor", "check this installation: versions, device, caches, what works here", False)
     health.set_defaults(run=doctor.run)
     return parser

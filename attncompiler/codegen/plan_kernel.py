@@ -138,6 +138,9 @@ class _Writer:
         op = expr.op
         if op in ("floordiv", "mod"):
             lo, hi = self._division(op, args[0], expr.args[1])
+        elif op == "mul" and expr.args[0] == expr.args[1] and kind is Kind.INT:
+            low, high = _RULES["abs"](args[0])
+            lo, hi = f"({low}) * ({low})", f"({high}) * ({high})"
         elif op == "mul":
             lo, hi = self._product(args[0], args[1])
         elif op == "where":

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncompiler.dsl.pictures import picture
 from attncompiler.dsl.term import Positions, equal, larger, smaller, terms
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import OptionError
 from attncompiler.ir.expr import AXES, KV_IDX, Axis, Const, Expr, H, Read, apply, settled, transform
+from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
 
 Extents = Mapping[Axis, int]
 Captured = dict[str, Tensor]
@@ -45,6 +47,20 @@ class Mask(ABC):
 
     def __invert__(self) -> Mask:
         return _Joined("not", (self,))
+
+    def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:
+        """The tiles of `block_q` queries by `block_kv` keys that it keeps something of."""
+        predicate, captured = self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
+        return plan_predicate(predicate, captured, (b, h, m, n), block_q, block_kv)
+
+    def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
+        """How many (query, key) pairs it keeps, over all batches and heads; None where that takes too long to count."""
+        predicate, captured = self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
+        return count_kept(predicate, captured, (b, h, m, n))
+
+    def show(self, b: int, h: int, m: int, n: int, columns: int = 64) -> str:
+        """A picture in text: queries downwards, keys to the right, of the first batch and head."""
+        return picture(self.plan(b, h, m, n), columns)
 
     def dense(self, b: int, h: int, m: int, n: int) -> Tensor:
         """The mask itself, bool [b or 1, h or 1, m, n]: for tests and pictures of small cases."""
@@ -91,6 +107,11 @@ class _Sized(Mask):
 
     mask: Mask
     size: int
+    count: Callable[[], int]
+
+    def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
+        self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
+        return b * h * self.count()
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         for axis in AXES[2:]:
@@ -378,7 +399,17 @@ def grid(
     text = ", ".join(f"{name}={value}" for name, value, default in (
         ("stride", stride, 1), ("dilation", dilation, 1), ("causal", causal, False)) if value != default)  # fmt: skip
     formula = f"grid({sizes}, window={window}{', ' + text if text else ''})"
-    return _Sized(_rule(formula, kept), math.prod(sizes))
+    return _Sized(_rule(formula, kept), math.prod(sizes), lambda: math.prod([_axis_pairs(*axis[1:]) for axis in axes]))
+
+
+def _axis_pairs(length: int, w: int, s: int, d: int, causal: bool) -> int:
+    """How many pairs one axis keeps."""
+    i = torch.arange(length)
+    kept = 0
+    for keys in i.split(1024):
+        terms = _axis_window(i[:, None], keys[None, :], length, w, s, d, causal)
+        kept += int(terms.sum())
+    return kept
 
 
 def _axis_window(i: Any, j: Any, length: int, w: int, s: int, d: int, causal: bool) -> Any:
@@ -418,7 +449,13 @@ def disc(shape: Sequence[int], radius: int, text: int = 0) -> Mask:
         return near if text == 0 else (p.q < text) | (p.k < text) | near
 
     formula = f"disc({(rows, columns)}, {radius}{f', text={text}' if text else ''})"
-    return _Sized(_rule(formula, kept), rows * columns + text)
+
+    def count() -> int:
+        down, across = torch.arange(-rows + 1, rows)[:, None], torch.arange(-columns + 1, columns)
+        pairs = (rows - down.abs()) * (columns - across.abs()) * (down * down + across * across < radius * radius)
+        return int(pairs.sum()) + 2 * text * rows * columns + text * text
+
+    return _Sized(_rule(formula, kept), rows * columns + text, count)
 
 
 def _integers(tensor: Tensor, what: str, rank: int) -> Tensor:

@@ -60,6 +60,8 @@ class Tiles:
         assert isinstance(expr, Apply)
         rule = RULES.get(expr.op)
         args = [self(arg) for arg in expr.args]
+        if expr.op == "mul" and expr.args[0] == expr.args[1]:
+            rule, args = _square, args[:1]
         if rule is not None:
             return rule(*args)
         return self._unknown(expr)
@@ -165,6 +167,12 @@ def _mod(a: Interval, b: Interval) -> Interval:
 def _absolute(a: Interval) -> Interval:
     lo = torch.where(a.lo > 0, a.lo, torch.where(a.hi < 0, -a.hi, torch.zeros_like(a.lo)))
     return Interval(lo, torch.maximum(a.lo.abs(), a.hi.abs()))
+
+
+def _square(a: Interval) -> Interval:
+    """Not negative, which the product of two intervals would not say."""
+    low, high = _absolute(a).lo, _absolute(a).hi
+    return Interval(low * low, high * high)
 
 
 def _where(condition: Interval, yes: Interval, no: Interval) -> Interval:

@@ -184,6 +184,63 @@ def build_plan(
     return _plan(keep, operands, shape, block_q, block_kv, device)
 
 
+def plan_predicate(
+    predicate: Expr, operands: Mapping[str, Tensor], shape: tuple[int, int, int, int], block_q: int, block_kv: int
+) -> TilePlan:
+    """The plan of a predicate alone, on the CPU. `shape`: b, h, q_idx, kv_idx."""
+    return _plan(Keep(predicate, Empty.ZERO), operands, shape, block_q, block_kv, torch.device("cpu"))
+
+
+_MOST_EVALUATED = 1 << 31
+
+
+def count_kept(predicate: Expr, operands: Mapping[str, Tensor], shape: tuple[int, int, int, int]) -> int | None:
+    """How many pairs a predicate keeps: from its spans, else pair by pair in partial tiles; None where these are too many."""
+    extents = dict(zip((axis.name for axis in AXES), shape, strict=True))
+    b, h, m, n = shape
+    block = whole(operands, {}, extents, torch.float64, torch.device("cpu"))
+    rows = spans(predicate, block, Q_IDX, KV_IDX) if min(shape) else []
+    if rows is not None:
+        return _count_spans(rows, b, h)
+    plan = plan_predicate(predicate, operands, shape, 128, 128)
+    copies = (b // plan.plan_b) * (h // plan.plan_h)
+    if int(plan.partial.lengths.sum()) * 128 * 128 > _MOST_EVALUATED:
+        return None
+    kept = int((plan.full.lengths.reshape(-1, plan.q_tiles) * _tile_heights(m, 128)).sum()) * 128
+    for row, count in enumerate(plan.partial.count.tolist()):
+        pair, tile = divmod(row, plan.q_tiles)
+        for i in range(count):
+            first, last = int(plan.partial.begin[row, i]) * 128, min(int(plan.partial.end[row, i]) * 128, n)
+            places = {
+                "b": torch.tensor([pair // plan.plan_h]), "h": torch.tensor([pair % plan.plan_h]),
+                "q_idx": torch.arange(tile * 128, min(tile * 128 + 128, m)), "kv_idx": torch.arange(first, last),
+            }  # fmt: skip
+            shaped = {name: at.reshape([-1 if axis.name == name else 1 for axis in AXES]) for name, at in places.items()}
+            part = Block(operands, {}, extents, shaped, torch.float64).tensor(predicate)
+            kept += int(part.expand(1, 1, len(places["q_idx"]), last - first).sum())
+    return kept * copies
+
+
+def _tile_heights(length: int, size: int) -> Tensor:
+    """How many rows each tile has."""
+    return torch.clamp(length - torch.arange(math.ceil(length / size)) * size, max=size)
+
+
+def _count_spans(found: list[Span], b: int, h: int) -> int:
+    """The sizes of the unions."""
+    if not found:
+        return 0
+    begins, ends = (torch.stack(torch.broadcast_tensors(*x)) for x in ([s.begin for s in found], [s.end for s in found]))
+    order = begins.argsort(0)
+    begins, ends = begins.gather(0, order), ends.gather(0, order)
+    reached = torch.zeros_like(begins[0])
+    total = 0
+    for begin, end in zip(begins, ends, strict=True):
+        total += int((end - torch.maximum(begin, reached)).clamp(min=0).sum())
+        reached = torch.maximum(reached, end)
+    return total * (b // begins.shape[1]) * (h // begins.shape[2])
+
+
 def _with_sizes(predicate: Expr, program: Attention, sizes: Mapping[str, int]) -> Expr:
     return substitute(predicate, {Size(name): Const(sizes[name]) for name in program.sizes})
 

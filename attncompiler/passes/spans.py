@@ -90,7 +90,7 @@ class _Finder:
             shape = torch.broadcast_shapes(steps.shape[:2], value.shape[:2])
             steps = steps.to(torch.int64).expand(*shape, -1).contiguous()
             value = value.to(torch.int64).expand(*shape, -1).contiguous()
-            low, high = torch.searchsorted(steps, value), torch.searchsorted(steps, value, right=True)
+            low, high = _places(steps, value)
         none, all_ = torch.zeros_like(low), torch.full_like(low, self.columns)
         if op == "ne":
             return [Span(none, low), Span(high, all_)]
@@ -105,6 +105,17 @@ class _Finder:
             value = value.transpose(2, 3)
         value = value.squeeze(5 - dim)
         return value.expand(*value.shape[:2], size)
+
+
+def _places(steps: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the rising `steps` are below each value, and how many are not above it."""
+    first = int(steps.min()) if steps.numel() else 0
+    span = int(steps.max()) - first + 1 if steps.numel() else 0
+    if steps.numel() != steps.shape[2] or span > 4 * steps.shape[2]:
+        return torch.searchsorted(steps, value), torch.searchsorted(steps, value, right=True)
+    # of numbers in a small range, by counting: several times faster over a million positions
+    counted = torch.nn.functional.pad(torch.bincount(steps.reshape(-1) - first, minlength=span).cumsum(0), (1, 0))
+    return counted[(value - first).clamp(0, span)], counted[(value - first + 1).clamp(0, span)]
 
 
 _SWAPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}

@@ -14,7 +14,8 @@ class Target:
 
     `backend`, `arch` and `warp_size` are Triton's own triple; `shared_memory` is that of one block, in bytes; `descriptors` tells
     whether tiles can come through TMA; `float32` is how a product of float32 keeps its precision: three products on tensor cores
-    where there are such instructions, else multiply-adds."""
+    where there are such instructions, else multiply-adds. `peak_flops` (dense bf16, FLOP/s) and `bandwidth` (bytes/s): the
+    datasheets of A100 SXM, H100 SXM, B200 and MI300X."""
 
     name: str
     backend: str
@@ -23,15 +24,17 @@ class Target:
     shared_memory: int
     descriptors: bool
     float32: str
+    peak_flops: float
+    bandwidth: float
 
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, 163 * 1024, False, "tf32x3"),
-        Target("sm_90", "cuda", 90, 32, 227 * 1024, True, "tf32x3"),
-        Target("sm_100", "cuda", 100, 32, 227 * 1024, True, "tf32x3"),
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, False, "ieee"),
+        Target("sm_80", "cuda", 80, 32, 163 * 1024, False, "tf32x3", 312e12, 2.04e12),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024, True, "tf32x3", 989e12, 3.35e12),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024, True, "tf32x3", 2250e12, 8.0e12),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, False, "ieee", 1307e12, 5.3e12),
     )
 }
 

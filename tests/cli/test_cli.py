@@ -97,3 +97,38 @@ def test_doctor_tries_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)}
     assert findings["cross-compilation to gfx942"]["ok"] and "recompile limit" in findings
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """The seven-diagonal window over 512 tokens: 4 rows of tiles, each with its own and the one before."""
+    assert main(["plan", "causal & window(6)", "--shape", "2,4,512,64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept_pairs"] == 8 * sum(min(i + 1, 7) for i in range(512))
+    assert (found["visited_tiles"], found["full_tiles"], found["worst_row_tiles"]) == (8 * 7, 0, 2)
+    assert found["bound_tiles"] == 16 / 7 and found["bound_worst"] == 2 and found["predicted_ms"] > 0 and found["build_ms"] > 0
+
+
+def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64", "--picture"]) == 0
+    text = capsys.readouterr().out
+    assert "16,384" in text and "\u2592\u2592\u00b7\u00b7" in text and "tiles of 64 queries x 64 keys" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["causal &"], "no expression of masks"),
+        (["causal & __import__('os')"], "is no mask"),
+        (["window(x)"], "must be literals"),
+        (["window(left=1, middle=2)"], "window: "),
+        (["grid((4, 4), 3)"], "is for 16 tokens, not 64 queries"),
+    ],
+)
+def test_plan_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments, "--shape", "1,1,64,64"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mask_that_keeps_nothing_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "causal & ~causal", "--shape", "1,1,64,64"]) == 1
+    assert "keeps no key for any query" in capsys.readouterr().out

@@ -145,6 +145,20 @@ def test_functions_of_positions() -> None:
     assert same(relative, torch.stack([table[0][q - k + 4], table[1][q - k + 4]])[None], h=2)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.full(), masks.causal(), masks.causal() & masks.window(9), masks.sink(3) | masks.window(20), masks.document(every=50),
+        masks.causal() & ~masks.document(every=50), masks.dilated(3, 7), masks.strided(16, 2, 3, 4), masks.disc((10, 29), 6, 10),
+        masks.grid((5, 5, 12), (3, 5, 4), (1, 5, 2), (1, 1, 3), (False, True, False)), masks.blocks(37) | masks.sink(1),
+        masks.per_head([masks.causal(), masks.window(5), masks.sink(2), masks.document(every=9)]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_kept_pairs_are_counted(mask: Mask) -> None:
+    assert mask.kept_pairs(2, 4, 300, 300) == int(mask.dense(2, 4, 300, 300).expand(2, 4, -1, -1).sum())
+
+
 def test_two_tensors_of_one_name_stay_two() -> None:
     first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
     both = masks.document(first) & masks.document(second)
