@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,8 @@ from attncompiler.ir.expr import (
     reads_of,
 )
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Softmax, TensorDecl
-from attncompiler.ir.text import to_line
+from attncompiler.ir.ranges import range_of
+from attncompiler.ir.text import expr_text, to_line
 from attncompiler.ir.verify import verify
 from attncompiler.passes.site import DTYPES
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
@@ -211,8 +213,9 @@ def _check_captured(
             raise DeviceError(f"{name} of the mask or score is on {captured[name].device}, q is on {q.device}", do="move it there")
     for read in (r for r in reads_of(scores) + reads_of(predicate) if r.tensor not in "qkv"):
         for place, (entry, size) in enumerate(zip(read.index, captured[read.tensor].shape, strict=True)):
-            if entry in extents and extents[entry] > size:
+            last = range_of(entry, extents)[1]
+            if size <= last < math.inf:
                 raise OptionError(
-                    f"{read.tensor} {list(captured[read.tensor].shape)} is read at {extents[entry]} positions of {entry.name}",  # type: ignore[attr-defined]
+                    f"{read.tensor} {list(captured[read.tensor].shape)} is read at {expr_text(entry)}, up to {last:.0f}",
                     why=f"its dimension {place} has {size}",
                 )

@@ -37,6 +37,7 @@ def agree(ours: Tensor, expected: Tensor, leaves: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(mine, other)
 
 
+BLOCKS = torch.ones(2, 3, dtype=torch.bool)
 IDS = torch.repeat_interleave(torch.arange(4), 6)
 
 
@@ -47,7 +48,7 @@ IDS = torch.repeat_interleave(torch.arange(4), 6)
         masks.prefix(torch.tensor([0, 7])) | masks.causal(), masks.padding(torch.tensor([24, 0])),
         masks.causal() & masks.document(IDS),
         masks.dilated(2, 3), masks.blocks(5), masks.strided(2, 2, 3, 4), masks.grid((4, 6), (3, 3), (1, 2)),
-        masks.disc((4, 5), 2, 4),
+        masks.disc((4, 5), 2, 4), masks.halo((4, 6), 2, 1), masks.radial(3, 6, 24, block=4), masks.regions(IDS.flip(0) % 3),
         masks.per_head([masks.causal(), masks.window(1), masks.sink(1), masks.causal()]),
         masks.where(lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % (h + 2) == 0),
     ],
@@ -142,7 +143,9 @@ def sorts(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Ten
         (lambda q, k, v: attncompiler.attention(q, k.to("meta"), v), DeviceError, "k is on meta"),
         (lambda q, k, v: attncompiler.attention(q, k, v, dropout_p=1.0, enable_gqa=True), OptionError, "dropout_p is 1.0"),
         (lambda q, k, v: attncompiler.attention(q, k, v, keep=masks.document(IDS[:20]), enable_gqa=True), OptionError,
-         "read at 24 positions of q_idx"),
+         r"doc \[20\] is read at q_idx, up to 23"),
+        (lambda q, k, v: attncompiler.attention(q, k, v, keep=masks.blocks(8, BLOCKS), enable_gqa=True), OptionError,
+         r"pattern \[2, 3\] is read at q_idx // 8, up to 2"),
         (lambda q, k, v: attncompiler.attention(q, k, v, keep=masks.grid((5, 5), 3), enable_gqa=True), OptionError, "25 tokens"),
         (lambda q, k, v: attncompiler.attention(q, k, v, score=sorts, enable_gqa=True), InvalidProgram, "no expression"),
     ],

@@ -106,6 +106,66 @@ def test_discs(seed: int) -> None:
     assert same(masks.disc((rows, columns), radius, text), expected)
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_halos(seed: int) -> None:
+    """Each block of queries with the keys that its window covers, one block after the other."""
+    r = random.Random(seed)
+    rows, columns, block, around = r.randint(1, 9), r.randint(1, 9), r.randint(1, 5), r.randint(0, 3)
+    expected = torch.zeros(rows, columns, rows, columns, dtype=torch.bool)
+    for y in range(0, rows, block):
+        for x in range(0, columns, block):
+            window = slice(max(y - around, 0), y + block + around), slice(max(x - around, 0), x + block + around)
+            expected[y : y + block, x : x + block, window[0], window[1]] = True
+    mask = masks.halo((rows, columns), block, around)
+    assert same(mask, expected.reshape(rows * columns, -1))
+    assert mask.kept_pairs(2, 3, rows * columns, rows * columns) == 6 * int(expected.sum())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_regions(seed: int) -> None:
+    labels = torch.randint(0, 4, (2, 17), generator=torch.Generator().manual_seed(seed))
+    assert same(masks.regions(labels), (labels[:, :, None] == labels[:, None, :])[:, None], b=2)
+    assert same(masks.regions(labels[0]), labels[0][:, None] == labels[0])
+
+
+def band(frame: int, distance: int, block: int, decay: float, seen_by_all: bool) -> Tensor | None:
+    """The token rule of Radial attention between two frames."""
+    r, c = torch.arange(frame)[:, None], torch.arange(frame)
+    if distance == 0 or seen_by_all:
+        return torch.ones(frame, frame, dtype=torch.bool)
+    span = 2 ** (frame.bit_length() - distance.bit_length())
+    if span < 128 and distance % (128 // span):
+        return None
+    return (r - c).abs() <= (frame if distance == 1 else max(span * decay, block))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_radial(seed: int) -> None:
+    """Token by token, then the rule of thirds on every block."""
+    r = random.Random(seed)
+    frames, frame, block = r.randint(1, 6), r.choice([5, 8, 130, 140]), r.choice([4, 8, 16])
+    decay, sink = r.choice([0.2, 0.8, 1.0]), r.random() < 0.5
+    tokens = -(-frames * frame // block) * block + r.choice([0, block])
+    blocks = tokens // block
+    expected = torch.zeros(blocks, blocks, dtype=torch.bool)
+    expected[frames * frame // block :] = True
+    expected[:, frames * frame // block :] = True
+    for i in range(frames):
+        for j in range(frames):
+            rule = band(frame, abs(i - j), block, decay, sink and j == 0)
+            if rule is None:
+                continue
+            pair = torch.zeros(tokens + frame, tokens + frame, dtype=torch.bool)
+            pair[i * frame : (i + 1) * frame, j * frame : (j + 1) * frame] = rule
+            side, top, left = -(-frame // block), i * frame // block, j * frame // block
+            for y in range(top, min(top + side, blocks)):
+                for x in range(left, min(left + side, blocks)):
+                    filled = pair[y * block : (y + 1) * block, x * block : (x + 1) * block].sum(0)
+                    expected[y, x] |= bool((filled * 3 > block).sum() > 0.6 * (filled > 0).sum())
+    mask = masks.radial(frames, frame, tokens, block=block, decay=decay, sink=sink)
+    assert same(mask, expected.repeat_interleave(block, 0).repeat_interleave(block, 1))
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_strided(seed: int) -> None:
     r = random.Random(seed)
