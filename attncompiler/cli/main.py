@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--tile", default="128,128", metavar="QUERIES,KEYS", help="tile size (default 128,128)")
     cost.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to predict for")
     cost.add_argument("--picture", action="store_true", help="draw the tiles")
+    cost.add_argument("--svg", metavar="FILE", help="write the picture as SVG")
     cost.set_defaults(run=plan.run)
     health = command("doctor", "check this installation: versions, device, caches, what works here", False)
     health.set_defaults(run=doctor.run)

@@ -6,13 +6,13 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from attncompiler.dsl.pictures import COLOURS, svg
 from attncompiler.ir.text import to_text
 from attncompiler.passes.plan import Coverage, TilePlan
 
 if TYPE_CHECKING:
     from attncompiler.cli.inspect import Inspected
 
-_COLOURS = {Coverage.EMPTY: "#f2f2ee", Coverage.PARTIAL: "#e8a33d", Coverage.FULL: "#2f6f8f"}
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
 h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2.2rem }
@@ -24,7 +24,6 @@ pre { background: #f7f7f4; border: 1px solid #e2e2dc; border-radius: 6px; paddin
                vertical-align: -1px }
 svg { border: 1px solid #ccc; width: 100%; max-width: 24rem; height: auto }
 """
-_MOST_CELLS = 64  # a larger plan is drawn coarser: a cell then shows the fullest of its tiles
 
 
 def page(name: str, regions: Sequence[Inspected]) -> str:
@@ -36,29 +35,13 @@ def page(name: str, regions: Sequence[Inspected]) -> str:
         source = html.escape(region.source) if region.source else f"no GPU kernel: {html.escape(region.reason)}"
         parts.append(
             f"<h2>Region {number}, {line}</h2><div class='region'><div><pre>{html.escape(to_text(region.program))}</pre>"
-            f"{_picture(region.plan)}{_legend(region.plan)}</div><pre>{source}</pre></div>"
+            f"{svg(region.plan, alone=False)}{_legend(region.plan)}</div><pre>{source}</pre></div>"
         )
     return "\n".join(parts)
 
 
 def _legend(plan: TilePlan) -> str:
     names = {Coverage.FULL: "full", Coverage.PARTIAL: "partial", Coverage.EMPTY: "empty (skipped)"}
-    keys = "".join(f"<span style='background:{_COLOURS[c]}'></span>{text}" for c, text in names.items())
+    keys = "".join(f"<span style='background:{COLOURS[c]}'></span>{text}" for c, text in names.items())
     size = f"{plan.block_q} queries by {plan.block_kv} keys a tile; {100 * plan.density:.3g} % visited"
     return f"<p class='legend'>{keys}</p><p>{size}</p>"
-
-
-def _picture(plan: TilePlan) -> str:
-    """Queries downwards, keys to the right; the first batch and head."""
-    coverage = plan.coverage[0, 0]
-    rows, columns = coverage.shape
-    step_r, step_c = -(-rows // _MOST_CELLS), -(-columns // _MOST_CELLS)
-    cells = []
-    for r in range(0, rows, step_r):
-        for c in range(0, columns, step_c):
-            box = coverage[r : r + step_r, c : c + step_c]
-            kind = Coverage.FULL if bool((box == 2).all()) else Coverage.EMPTY if bool((box == 0).all()) else Coverage.PARTIAL
-            at = f"x='{c * plan.block_kv}' y='{r * plan.block_q}' width='{step_c * plan.block_kv}' height='{step_r * plan.block_q}'"
-            cells.append(f"<rect {at} fill='{_COLOURS[kind]}'/>")
-    width, height = columns * plan.block_kv, rows * plan.block_q
-    return f"<svg viewBox='0 0 {width} {height}' shape-rendering='crispEdges'>{''.join(cells)}</svg>"

@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from attncompiler import masks
-from attncompiler.dsl.pictures import picture
+from attncompiler.dsl.pictures import picture, svg
 from attncompiler.errors import OptionError
 from attncompiler.masks import Mask
 from attncompiler.tuning.speed_of_light import speed_of_light
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     light = speed_of_light(plan, mask.kept_pairs(b, h, m, n), (b, h, m, n, d), target_named(arguments.target))
     found: dict[str, Any] = {"mask": str(mask), "shape": [b, h, m, n, d], "tile": [block_q, block_kv], "target": arguments.target,
                              "build_ms": build_ms, **asdict(light)}  # fmt: skip
+    if arguments.svg:
+        Path(arguments.svg).write_text(svg(plan))
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:

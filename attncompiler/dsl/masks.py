@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.pictures import picture
+from attncompiler.dsl.pictures import picture, svg
 from attncompiler.dsl.term import Positions, terms
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import OptionError
 from attncompiler.ir.expr import AXES, KV_IDX, Axis, Const, Expr, H, Read, apply, settled, transform
 from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
+
+_MOST_PAIRS = 1 << 26
 
 Extents = Mapping[Axis, int]
 Captured = dict[str, Tensor]
@@ -60,6 +62,21 @@ class Mask(ABC):
     def show(self, b: int, h: int, m: int, n: int, columns: int = 64) -> str:
         """A picture in text: queries downwards, keys to the right, of the first batch and head."""
         return picture(self.plan(b, h, m, n), columns)
+
+    def svg(self, b: int, h: int, m: int, n: int) -> str:
+        """The same picture as SVG."""
+        return svg(self.plan(b, h, m, n))
+
+    def same_as(self, other: Mask, b: int, h: int, m: int, n: int) -> bool | None:
+        """Whether both keep the same pairs at these sizes; None where neither the rules nor a look at every pair can tell."""
+        extents = dict(zip(AXES, (b, h, m, n), strict=True))
+        (mine, held), (theirs, others) = self.rule(extents), as_mask(other).rule(extents)
+        alike = held.keys() == others.keys() and all(torch.equal(held[name], others[name]) for name in held)
+        if mine == theirs and alike:
+            return True
+        if b * h * m * n > _MOST_PAIRS:
+            return None
+        return torch.equal(*(mask.dense(b, h, m, n).expand(b, h, m, n) for mask in (self, as_mask(other))))
 
     def dense(self, b: int, h: int, m: int, n: int) -> Tensor:
         """The mask itself, bool [b or 1, h or 1, m, n]: for tests and pictures of small cases."""

@@ -108,8 +108,10 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["bound_tiles"] == 16 / 7 and found["bound_worst"] == 2 and found["predicted_ms"] > 0 and found["build_ms"] > 0
 
 
-def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64", "--picture"]) == 0
+def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    grid = ["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64"]
+    assert main([*grid, "--picture", "--svg", str(tmp_path / "grid.svg")]) == 0
+    assert (tmp_path / "grid.svg").read_text().count("<rect") == 16
     text = capsys.readouterr().out
     assert "16,384" in text and "\u2592\u2592\u00b7\u00b7" in text and "tiles of 64 queries x 64 keys" in text
 

@@ -246,3 +246,13 @@ def test_a_mask_prints_as_a_formula() -> None:
 def test_mistakes_are_named(make: object, message: str) -> None:
     with pytest.raises((OptionError, InvalidProgram), match=message):
         make()  # type: ignore[operator]
+
+
+def test_masks_are_compared_by_what_they_keep() -> None:
+    causal = masks.causal()
+    assert (causal & masks.window(5)).same_as(masks.window(5, 0), 1, 2, 40, 40)
+    assert (causal | ~causal).same_as(masks.full(), 1, 2, 40, 40)
+    assert not causal.same_as(masks.causal(1), 1, 2, 40, 40)
+    assert causal.same_as(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, 1, 1, 1 << 20, 1 << 20)  # type: ignore[arg-type]
+    assert masks.dilated(3, 2).same_as(masks.blocks(7), 1, 1, 1 << 20, 1 << 20) is None
+    assert masks.document(torch.tensor([3, 3, 1])).same_as(masks.document(torch.tensor([0, 0, 1])), 1, 1, 3, 3)
