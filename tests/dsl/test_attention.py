@@ -109,7 +109,9 @@ def test_declared_and_recognised_are_one_program() -> None:
 def test_the_plain_form_is_recognised_as_declared(mask: Mask) -> None:
     """What `attention` is to Dynamo, plain torch, gives the program that it builds itself."""
     q, k, v = (t.detach().float() for t in operands(hk=4))
-    found = attncompiler.explain(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), q, k, v).regions[0].ir
+    (region,) = attncompiler.explain(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), q, k, v).regions
+    assert region.source_location.startswith("test_attention.py")
+    found = region.ir
     declared = to_text(declare(q, k, v, keep=mask).program)
     assert found.split("\n", 1)[1].strip() == declared.split("\n", 1)[1].strip()
 

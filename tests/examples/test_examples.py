@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         [sys.executable, "examples/train_gpt.py", "--steps", "5", "--length", "192"],
         [sys.executable, "examples/transformers_qwen3.py"],
         [sys.executable, "examples/custom_variant.py"],
+        [sys.executable, "examples/declared_masks.py"],
         ["bash", "examples/inspect_walkthrough.sh"],
     ],
     ids=lambda command: Path(command[1]).stem,
