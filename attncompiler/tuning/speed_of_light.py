@@ -8,7 +8,7 @@ from attncompiler.passes.plan import TilePlan
 from attncompiler.tuning.target import Target
 
 # Of the forward kernels on one H200, bf16, N16384 D128 (docs/performance.md): the share of the peak that long rows of tiles reach,
-# and what a row costs beside its tiles, in tiles of 128 x 128. Full, causal and sliding masks measured there are met within 4 %; masks
+# and what a row costs beside its tiles, in tiles of 128 x 128. Full, causal and sliding masks are met within 4 % there; masks
 # that read a tensor for each pair cost more than this says (documents: 32 %).
 EFFICIENCY = 0.68
 ROW_OVERHEAD = 1.7
