@@ -100,4 +100,4 @@ def _numbers(text: str, option: str, counts: tuple[int, ...], form: str) -> tupl
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else "not counted" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)

@@ -17,7 +17,8 @@ ROW_OVERHEAD = 1.7
 @dataclass(frozen=True)
 class SpeedOfLight:
     """Of all batches and heads together. Bounds are speed-ups over dense attention: by kept pairs, by visited tiles, and by the
-    query tile that visits most. `kept_pairs` is None where counting takes too long. `predicted_ms`: the forward."""
+    query tile that visits most. `kept_pairs` is None where counting takes too long, a bound where nothing is visited.
+    `predicted_ms`: the forward."""
 
     kept_pairs: int | None
     visited_tiles: int
@@ -25,8 +26,8 @@ class SpeedOfLight:
     partial_tiles: int
     worst_row_tiles: int
     bound_flops: float | None
-    bound_tiles: float
-    bound_worst: float
+    bound_tiles: float | None
+    bound_worst: float | None
     predicted_ms: float
 
 
@@ -46,7 +47,7 @@ def speed_of_light(
     return SpeedOfLight(
         kept_pairs, visited, full, partial, worst,
         b * h * m * n / kept_pairs if kept_pairs else None,
-        rows * plan.kv_tiles / visited if visited else float("inf"),
-        plan.kv_tiles / worst if worst else float("inf"),
+        rows * plan.kv_tiles / visited if visited else None,
+        plan.kv_tiles / worst if worst else None,
         1e3 * max(compute, memory),
     )  # fmt: skip

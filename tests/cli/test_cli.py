@@ -134,3 +134,5 @@ def test_plan_names_mistakes(arguments: list[str], message: str, capsys: pytest.
 def test_a_mask_that_keeps_nothing_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "causal & ~causal", "--shape", "1,1,64,64"]) == 1
     assert "keeps no key for any query" in capsys.readouterr().out
+    assert main(["plan", "causal & ~causal", "--shape", "1,1,64,64", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["bound_tiles"] is None
