@@ -122,18 +122,20 @@ def declare(
     _check(q, k, v, dropout_p, enable_gqa)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     key = (_shape(q), _shape(k), _shape(v), scale, dropout_p)
-    known = _KNOWN.get((id(keep), id(score), key))
+    if score is not None or not (keep is None or (isinstance(keep, Mask) and keep.is_fixed)):
+        return _declare(q, k, v, keep, score, scale, dropout_p)  # a function may read other tensors or numbers than last time
+    known = _KNOWN.get((id(keep), key))
     if known is not None:
         return known[0]
     declared = _declare(q, k, v, keep, score, scale, dropout_p)
     if len(_KNOWN) >= _MOST:
         _KNOWN.pop(next(iter(_KNOWN)))
-    _KNOWN[(id(keep), id(score), key)] = declared, keep, score
+    _KNOWN[(id(keep), key)] = declared, keep
     return declared
 
 
-# programs by the very mask and score; these are held, so that no other object gets their id meanwhile
-_KNOWN: dict[Hashable, tuple[Declared, object, object]] = {}
+# programs by the very mask, which is held, so that no other object gets its id meanwhile
+_KNOWN: dict[Hashable, tuple[Declared, object]] = {}
 _MOST = 256
 
 
@@ -210,7 +212,8 @@ def _check_captured(
     """Captured tensors must lie on q's device and be long enough for the positions that they are read at."""
     for name in used:
         if captured[name].device != q.device:
-            raise DeviceError(f"{name} of the mask or score is on {captured[name].device}, q is on {q.device}", do="move it there")
+            where = captured[name].device
+            raise DeviceError(f"{name} of the mask or score is on {where}, q is on {q.device}", do="mask.to(q.device) moves it")
     for read in (r for r in reads_of(scores) + reads_of(predicate) if r.tensor not in "qkv"):
         for place, (entry, size) in enumerate(zip(read.index, captured[read.tensor].shape, strict=True)):
             last = range_of(entry, extents)[1]

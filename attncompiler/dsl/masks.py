@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,7 @@ from attncompiler.dsl.pictures import picture, svg
 from attncompiler.dsl.term import Positions, terms
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import OptionError
-from attncompiler.ir.expr import AXES, KV_IDX, Axis, Const, Expr, H, Read, apply, settled, transform
+from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, Axis, Const, Expr, H, Read, apply, settled, transform
 from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
 
 _MOST_PAIRS = 1 << 26
@@ -29,6 +29,15 @@ Captured = dict[str, Tensor]
 
 class Mask(ABC):
     """Which keys a query sees. `str` shows the rule as a formula."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """True where no function of the user's is part of it: what it keeps can't change by what such a function reads."""
+        return True
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tensors on `device`; what a user's function reads stays where it is."""
+        return self
 
     @abstractmethod
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
@@ -106,6 +115,9 @@ class _Rule(Mask):
     kept: Callable[[Positions], Any]
     captured: Mapping[str, Tensor]
 
+    def to(self, device: torch.device | str) -> Mask:
+        return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
+
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         return settled(self.kept(terms(self.captured)).expr, KV_IDX), dict(self.captured)
 
@@ -129,14 +141,20 @@ class Sized(Mask):
         self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
         return b * h * self.count()
 
+    def to(self, device: torch.device | str) -> Mask:
+        return replace(self, mask=self.mask.to(device))
+
+    def _check(self, queries: int, keys: int) -> None:
+        for what, count in (("queries", queries), ("keys", keys)):
+            if count != self.size:
+                raise OptionError(f"{self.mask} is for {self.size} tokens, not {count} {what}")
+
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        for axis in AXES[2:]:
-            if extents[axis] != self.size:
-                what = "queries" if axis.name == "q_idx" else "keys"
-                raise OptionError(f"{self.mask} is for {self.size} tokens, not {extents[axis]} {what}")
+        self._check(extents[Q_IDX], extents[KV_IDX])
         return self.mask.rule(extents)
 
     def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        self._check(q_idx.numel(), kv_idx.numel())
         return self.mask.on(b, h, q_idx, kv_idx)
 
     def __str__(self) -> str:
@@ -148,6 +166,10 @@ class _Traced(Mask):
     """A user's function of positions."""
 
     function: Callable[..., Any]
+
+    @property
+    def is_fixed(self) -> bool:
+        return False
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         examples = [torch.zeros((), dtype=torch.int64) for _ in AXES]
@@ -166,6 +188,13 @@ class _Traced(Mask):
 class _Joined(Mask):
     operator: str
     parts: tuple[Mask, ...]
+
+    @property
+    def is_fixed(self) -> bool:
+        return all(part.is_fixed for part in self.parts)
+
+    def to(self, device: torch.device | str) -> Mask:
+        return replace(self, parts=tuple(part.to(device) for part in self.parts))
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         captured: Captured = {}
@@ -225,9 +254,19 @@ def per_head(masks: Sequence[Mask]) -> Mask:
 class _PerHead(Mask):
     masks: tuple[Mask, ...]
 
+    @property
+    def is_fixed(self) -> bool:
+        return all(mask.is_fixed for mask in self.masks)
+
+    def to(self, device: torch.device | str) -> Mask:
+        return replace(self, masks=tuple(mask.to(device) for mask in self.masks))
+
+    def _check(self, heads: int) -> None:
+        if heads != len(self.masks):
+            raise OptionError(f"per_head has {len(self.masks)} masks for {heads} heads")
+
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        if extents[AXES[1]] != len(self.masks):
-            raise OptionError(f"per_head has {len(self.masks)} masks for {extents[AXES[1]]} heads")
+        self._check(extents[H])
         captured: Captured = {}
         of: dict[Expr, list[int]] = {}
         for number, mask in enumerate(self.masks):
@@ -242,6 +281,7 @@ class _PerHead(Mask):
         return reduce(lambda a, b: apply("or", a, b), parts), captured
 
     def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        self._check(h.numel())
         found = (h == 0) & self.masks[0].on(b, h, q_idx, kv_idx)
         for number, mask in enumerate(self.masks[1:], 1):
             found = found | (h == number) & mask.on(b, h, q_idx, kv_idx)

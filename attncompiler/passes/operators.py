@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -313,8 +314,10 @@ def _advanced_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     out_shape = shape_of(node)[:rank]
     picked = [reader.element(e, reader.broadcast(e, out_shape, index[:rank])) for e in tensors]
     known = {axis: size for axis, size in reader.space.extents.items() if isinstance(size, int)}
-    if any(range_of(p, known)[0] < 0 for p in picked):  # such an index counts from the end
-        return None
+    for entry, size in zip(picked, shape_of(source), strict=False):
+        first, last = range_of(entry, known)
+        if first < 0 or (isinstance(size, int) and size <= last < math.inf):  # counts from the end, or is torch's to complain of
+            return None
     return reader.element(source, tuple(picked) + index[rank:])
 
 

@@ -72,6 +72,37 @@ def test_scores_with_captured_tensors() -> None:
     agree(attncompiler.attention(q, k, v, score=score), expected, (q, k, v, table))
 
 
+def test_masks_that_make_tensors_move_with_the_operands() -> None:
+    q, k, v = (t.detach().to("meta") for t in operands(hk=4))
+    for mask in (masks.causal() & masks.document(lengths=[20, 4]), masks.per_head([masks.radial(3, 6, 24, block=4)] * 4)):
+        with pytest.raises(DeviceError, match=r"is on cpu, q is on meta\n  do:  mask.to\(q.device\)"):
+            declare(q, k, v, keep=mask)
+        assert declare(q, k, v, keep=mask.to("meta")).captured[0].device.type == "meta"
+
+
+def test_a_function_may_read_another_tensor_next_time() -> None:
+    q, k, v = operands(hk=4)
+    ids = IDS
+
+    def same_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ids[q_idx] == ids[kv_idx]
+
+    mask = masks.causal() & masks.where(same_document)
+    for ids in (IDS, IDS % 2):
+        dense = (ids[:, None] == ids) & torch.ones(24, 24, dtype=torch.bool).tril()
+        torch.testing.assert_close(attncompiler.attention(q, k, v, keep=mask), reference(q, k, v, dense))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(masks.grid((5, 5), 3), "25 tokens, not 24"), (masks.per_head([masks.causal()] * 3), "3 masks for 4 heads")],
+)
+def test_mistakes_are_named_when_compiled(mask: Mask, message: str) -> None:
+    q, k, v = operands(hk=4)
+    with pytest.raises(OptionError, match=message):
+        torch.compile(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), backend="attncompiler")(q, k, v)
+
+
 def test_lse_and_dropout() -> None:
     q, k, v = operands(hk=4)
     _, lse = attncompiler.attention(q, k, v, keep=masks.causal(), return_lse=True)
