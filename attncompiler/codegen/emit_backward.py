@@ -5,6 +5,7 @@ from __future__ import annotations
 from attncompiler.codegen.emission import (
     Emission,
     Vector,
+    corner,
     element_gradients,
     parameters_of,
     side_of,
@@ -17,6 +18,8 @@ from attncompiler.ir.derivative import derivative
 from attncompiler.ir.expr import ONE, TRUE, Const, Dot, Read
 from attncompiler.ir.program import Empty
 from attncompiler.templates import softmax_backward, softmax_forward
+
+QUERIES, KEYS = "attention_backward_queries", "attention_backward_keys"
 
 
 def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
@@ -44,8 +47,9 @@ def _ds_lines(e: Emission, names: Names, transposed: bool) -> list[str]:
 
 def queries_source(e: Emission) -> str:
     wanted = e.layout.wanted
-    names = e.names(False, frozenset({"q_idx"}))
-    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
+    names = e.names(QUERIES, frozenset({"q_idx"}))
+    where, _ = e.positions(QUERIES)
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_tile * BLOCK_M"), True)
     before = e.preload(names, frozenset({"b", "h", "q_idx"}))
     lefts = [dot for dot in e.dots if dot.left.tensor in wanted]
     rows = [r for r in element_gradients(e.program, wanted) if side_of(r) == "q"]
@@ -58,8 +62,9 @@ def queries_source(e: Emission) -> str:
     return fill(
         softmax_backward.QUERIES,
         parameters=signature(parameters_of(e, "queries")),
+        query_positions=where.lines("q_tile", "q_tile * BLOCK_M", "tl.arange(0, BLOCK_M)"),
         load_queries="\n".join(filter(None, [queries, before])),
-        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
+        load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M")),
         load_rcp=_load_rcp(e),
         accumulators="\n".join(dict.fromkeys(accumulators)),
         loops=loops,
@@ -67,19 +72,20 @@ def queries_source(e: Emission) -> str:
     ).replace("BLOCK_DV", str(e.value.block))  # fmt: skip
 
 
-def _recomputed(e: Emission, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
+def _recomputed(e: Emission, kernel: str, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
     """The score of a tile once more: names of the loop, the score, what multiplies it, the mask's line, and the loads it needs."""
-    names = e.names(outer.transposed, frozenset({"q_idx", "kv_idx"}))
+    names = e.names(kernel, frozenset({"q_idx", "kv_idx"}))
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
-    mask = e.mask_lines(names) if masked else ""
+    mask = e.mask_lines(names, kernel) if masked else ""
     loads = list(names.lines)
     names.lines.clear()
     return names, score, scale, mask, loads
 
 
 def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
-    names, score, scale, mask, loads = _recomputed(e, outer, masked)
+    names, score, scale, mask, loads = _recomputed(e, QUERIES, outer, masked)
+    _, where = e.positions(QUERIES)
     lines = _ds_lines(e, names, False)
     for dot in lefts:
         text, factor = _gradient_text(e, names, dot, masked)
@@ -101,18 +107,20 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
     lines = [*names.lines, *lines]
     tile = fill(
         softmax_backward.QUERIES_TILE,
-        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
+        key_positions=where.lines("kv_start // BLOCK_N", "kv_start", "tl.arange(0, BLOCK_N)"),
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
         score_lines="\n".join(filter(None, [e.products(False), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[:, None]" if e.program.has_rcp else "",
-        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
+        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
         gradients="\n".join(lines),
         precision=e.precision,
     ).replace("tl.trans(v)", f"tl.trans({e.value.name})")
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
+    row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, row, where)
 
 
 def keys_source(e: Emission) -> str:
@@ -120,8 +128,9 @@ def keys_source(e: Emission) -> str:
     rights = [dot for dot in e.dots if dot.right.tensor in wanted]
     columns = [r for r in element_gradients(e.program, wanted) if side_of(r) == "kv"]
     value = e.value
-    keys = e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True)
-    names = e.names(True, frozenset({"kv_idx", "q_idx"}))
+    _, where = e.positions(KEYS)
+    keys = e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_tile * BLOCK_N"), True)
+    names = e.names(KEYS, frozenset({"kv_idx", "q_idx"}))
     accumulators = [f"d{e.vectors[d.right].name} = tl.zeros([BLOCK_N, {e.vectors[d.right].block}], tl.float32)" for d in rights]
     accumulators += [f"d{value.name} = tl.zeros([BLOCK_N, {value.block}], tl.float32)"] if value.name in wanted else []
     head = [e.preload(names, frozenset({"b", "h", "kv_idx"}))]
@@ -136,8 +145,9 @@ def keys_source(e: Emission) -> str:
     return fill(
         softmax_backward.KEYS,
         parameters=signature(parameters_of(e, "keys")),
+        key_positions=where.lines("kv_tile", "kv_tile * BLOCK_N", "tl.arange(0, BLOCK_N)"),
         load_keys=keys,
-        load_values=e.load_all([value], "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True),
+        load_values=e.load_all([value], "kv_idx", "BLOCK_N", where.at("kv_tile * BLOCK_N"), True),
         accumulators="\n".join(dict.fromkeys(accumulators)),
         head_lines="\n".join(filter(None, head)),
         loops=loops,
@@ -147,7 +157,8 @@ def keys_source(e: Emission) -> str:
 
 
 def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], columns: list[Read], factors: dict[str, float]) -> str:
-    names, score, scale, mask, loads = _recomputed(e, outer, masked)
+    names, score, scale, mask, loads = _recomputed(e, KEYS, outer, masked)
+    where, _ = e.positions(KEYS)
     value = e.value.name
     ds = _ds_lines(e, names, True)
     lines = []
@@ -171,28 +182,30 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
     tile = fill(
         softmax_backward.KEYS_TILE,
-        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True),
+        query_positions=where.lines("q_start // BLOCK_M", "q_start", "tl.arange(0, BLOCK_M)"),
+        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_start"), True),
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[None, :]" if e.program.has_rcp else "",
-        load_grad_o=_load_grad_o(e, "q_start"),
+        load_grad_o=_load_grad_o(e, where.at("q_start")),
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
+    row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
+    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, row, where)
 
 
 def _scaled(text: str, factor: float) -> str:
     return text if factor == 1.0 else f"({text}) * {number(factor)}"
 
 
-def _load_grad_o(e: Emission, start: str) -> str:
+def _load_grad_o(e: Emission, at: tuple[str, ...]) -> str:
     value = e.value
     if e.schedule.descriptors:
-        return f"do = DO.load([b, h, {start}, 0]).reshape(BLOCK_M, {value.block})"
+        return f"do = DO.load([{corner('h', 1, at)}, 0]).reshape(BLOCK_M, {value.block})"
     return (
         f"do_channels = tl.arange(0, {value.block})\n"
         "do_rows = DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m\n"

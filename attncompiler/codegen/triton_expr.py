@@ -52,6 +52,7 @@ class Names:
     helpers: set[str] = field(default_factory=set)
     prefix: str = ""  # of the variables that hold reads
     tiles: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # axis -> where its tile starts, positions within it
+    coordinates: Mapping[Expr, tuple[str, str]] = field(default_factory=dict)  # of a grid: the variable, and the axis that it is of
 
     def along(self, axis: str) -> str:
         """The subscript that lays a vector of this axis across a tile of scores."""
@@ -79,6 +80,9 @@ def triton(expr: Expr, names: Names) -> str:
 def _write(expr: Expr, names: Names) -> str:
     if isinstance(expr, Const):
         return number(expr.value)
+    if expr in names.coordinates:
+        variable, axis = names.coordinates[expr]
+        return f"{variable}{names.along(axis)}"
     if isinstance(expr, Axis):
         return names.axis(expr.name)
     if isinstance(expr, Size):

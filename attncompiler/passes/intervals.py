@@ -58,19 +58,7 @@ class Tiles:
         if isinstance(expr, Read):
             return self._pairs(expr)
         assert isinstance(expr, Apply)
-        rule = RULES.get(expr.op)
-        args = [self(arg) for arg in expr.args]
-        if expr.op == "mul" and expr.args[0] == expr.args[1]:
-            rule, args = _square, args[:1]
-        if rule is not None:
-            return rule(*args)
-        return self._unknown(expr)
-
-    def _unknown(self, expr: Apply) -> Interval:
-        device = self.rows.device
-        if OPERATORS[expr.op].kind is Kind.BOOL:
-            return Interval(torch.tensor(False, device=device), torch.tensor(True, device=device))
-        return Interval(torch.tensor(-math.inf, device=device), torch.tensor(math.inf, device=device))
+        return _applied(expr, [self(arg) for arg in expr.args], self.rows.device)
 
     def _exact(self, expr: Expr, axes: frozenset[str]) -> Interval:
         """Evaluated at every position of its one axis, then reduced over each tile."""
@@ -93,6 +81,34 @@ class Tiles:
         lo, _ = _reduce(lo.transpose(2, 3), self.block_q)
         _, hi = _reduce(hi.transpose(2, 3), self.block_q)
         return Interval(lo[:, :, self.columns, self.rows], hi[:, :, self.columns, self.rows])
+
+
+def _applied(expr: Apply, args: list[Interval], device: torch.device) -> Interval:
+    """What an operator makes of bounds; the widest where no rule knows it."""
+    rule = RULES.get(expr.op)
+    if expr.op == "mul" and expr.args[0] == expr.args[1]:
+        rule, args = _square, args[:1]
+    if rule is not None:
+        return rule(*args)
+    if OPERATORS[expr.op].kind is Kind.BOOL:
+        return Interval(torch.tensor(False, device=device), torch.tensor(True, device=device))
+    return Interval(torch.tensor(-math.inf, device=device), torch.tensor(math.inf, device=device))
+
+
+def bounds(expr: Expr, leaves: Mapping[Expr, Interval]) -> Interval:
+    """Bounds of an expression of integers, from those of its leaves."""
+    memo = dict(leaves)
+
+    def go(node: Expr) -> Interval:
+        if node not in memo:
+            if isinstance(node, Const):
+                memo[node] = Interval(torch.tensor(node.value), torch.tensor(node.value))
+            else:
+                assert isinstance(node, Apply)
+                memo[node] = _applied(node, [go(arg) for arg in node.args], torch.device("cpu"))
+        return memo[node]
+
+    return go(expr)
 
 
 def _reduce(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
