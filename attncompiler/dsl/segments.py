@@ -49,7 +49,7 @@ def segments(
 
 
 def _runs(runs: Runs, what: str) -> dict[Name, int]:
-    named: dict[Name, int] = dict(runs) if isinstance(runs, Mapping) else dict(enumerate(runs))
+    named: dict[Name, int] = {name: count for name, count in (runs.items() if isinstance(runs, Mapping) else enumerate(runs))}
     if any(not isinstance(count, int) or count < 0 for count in named.values()) or sum(named.values()) < 1:
         raise OptionError(
             f"the runs of {what} are {named}", do='give the number of tokens of each, one or more in all: {"text": 512, ...}'
@@ -76,7 +76,7 @@ class _Run:
 
 def _laid_out(runs: Mapping[Name, int]) -> list[_Run]:
     ends = list(itertools.accumulate(runs.values(), initial=0))
-    return [_Run(name, *ends[i : i + 2], ends[-1]) for i, (name, count) in enumerate(runs.items()) if count]
+    return [_Run(name, ends[i], ends[i + 1], ends[-1]) for i, (name, count) in enumerate(runs.items()) if count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,10 @@ class _Segments(Mask):
 
         def kept(rule: Mask, q: _Run, k: _Run) -> Term:
             expr, tensors = rule.rule(_extents(extents, q, k))
-            own = {Q_IDX: q.own(Term(Q_IDX), rule.reads_tensors).expr, KV_IDX: k.own(Term(KV_IDX), rule.reads_tensors).expr}
+            own: dict[Expr, Expr] = {
+                Q_IDX: q.own(Term(Q_IDX), rule.reads_tensors).expr,
+                KV_IDX: k.own(Term(KV_IDX), rule.reads_tensors).expr,
+            }
             return Term(substitute(rename(expr, adopt(captured, tensors)), own))
 
         return settled(self._joined(Term(Q_IDX), Term(KV_IDX), kept).expr, KV_IDX), captured
