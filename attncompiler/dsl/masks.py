@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.pictures import picture, svg
+from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.dsl.term import Positions, terms
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import OptionError
@@ -81,13 +81,23 @@ class Mask(ABC):
         predicate, captured = self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
         return count_kept(predicate, captured, (b, h, m, n))
 
-    def show(self, b: int, h: int, m: int, n: int, columns: int = 64) -> str:
-        """A picture in text: queries downwards, keys to the right, of the first batch and head."""
-        return picture(self.plan(b, h, m, n), columns)
+    def show(self, b: int, h: int, m: int, n: int, columns: int = 64, *, batch: int | None = None, head: int | None = None) -> str:
+        """A picture in text: queries downwards, keys to the right; of all batches and heads that differ, or of those given."""
+        return picture(self._drawn(b, h, m, n, batch, head), columns, batch, head)
 
-    def svg(self, b: int, h: int, m: int, n: int) -> str:
+    def svg(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> str:
         """The same picture as SVG."""
-        return svg(self.plan(b, h, m, n))
+        return svg(self._drawn(b, h, m, n, batch, head), True, batch, head)
+
+    def png(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> bytes:
+        """The same picture as PNG: what to write into a file."""
+        return png(self._drawn(b, h, m, n, batch, head), batch, head)
+
+    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> TilePlan:
+        for what, number, count in (("batch", batch, b), ("head", head, h)):
+            if number is not None and not 0 <= number < count:
+                raise OptionError(f"there is no {what} {number} to draw", do=f"give one from 0 to {count - 1}")
+        return self.plan(b, h, m, n)
 
     def same_as(self, other: Mask, b: int, h: int, m: int, n: int) -> bool | None:
         """Whether both keep the same pairs at these sizes; None where neither the rules nor a look at every pair can tell."""
