@@ -142,6 +142,8 @@ def test_what_a_mask_itself_keeps_inside() -> None:
     assert keeps_only_keys(conj(Read("doc", (KV_IDX,)), causal), Const(100), Const(130))
     assert not keeps_only_keys(causal, Const(101), Const(100))
     assert not keeps_only_keys(causal, Size("n"), Size("n"))
+    same_residue = apply("eq", apply("mod", Q_IDX, Const(3)), apply("mod", KV_IDX, Const(3)))
+    assert not keeps_only_keys(same_residue, Const(1), Const(1))  # position 1 is not kept, but 3 is: a tile reaches that far
 
 
 def test_documents_leave_each_query_its_own_key() -> None:
