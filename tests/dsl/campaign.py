@@ -81,7 +81,7 @@ def verdicts(what: str, rules: tuple[str, ...], seeds: range) -> Iterator[tuple[
     for seed in seeds:
         for rule in rules if what == "pairs" else (rules[seed % len(rules)],):
             found = case(rule, seed)
-            if what == "kernels" and found.expected[0, 0].numel() > 2000:
+            if what != "pairs" and found.expected[0, 0].numel() > 2400:  # pairs in one head: a run is for its clauses, not its size
                 continue
             try:
                 if what == "pairs":

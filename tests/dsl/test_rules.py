@@ -20,7 +20,7 @@ def test_pairs(rule: str) -> None:
 
 
 def test_forward_and_gradients() -> None:
-    wrong = [f"{case}: {problem}" for case, problem in verdicts("runs", RULES, range(3 * len(RULES))) if problem]
+    wrong = [f"{case}: {problem}" for case, problem in verdicts("runs", RULES, range(2 * len(RULES))) if problem]
     assert not wrong
 
 
