@@ -419,6 +419,13 @@ class _PerHead(Mask):
 
 def where(function: Callable[..., Any]) -> Mask:
     """Keys for which `function(b, h, q_idx, kv_idx)` holds; it may read tensors by these. FlexAttention's mask_mods, unchanged."""
+    if not torch.compiler.is_dynamo_compiling():  # which does not trace signatures
+        _check_arguments(function)
+    return _Traced(function)
+
+
+def _check_arguments(function: Callable[..., Any]) -> None:
+    """Raises: OptionError for a function that takes other arguments than four positions."""
     try:
         inspect.signature(function).bind(*AXES)
     except TypeError as error:
@@ -429,4 +436,3 @@ def where(function: Callable[..., Any]) -> Mask:
         ) from error
     except ValueError:
         pass  # a builtin without a signature
-    return _Traced(function)

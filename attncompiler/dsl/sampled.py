@@ -22,7 +22,7 @@ def sampled(seed: int | Tensor, probability: Sequence[float] | Tensor, block: in
     another draw for each head; all batches share one. `seed`: an integer, or an int64 tensor with one element, which is read at
     each call: write another number into it for another draw, and nothing is compiled anew."""
     chances = torch.as_tensor(probability, dtype=torch.float32).detach().clone()
-    if chances.dim() != 1 or not len(chances) or not bool(((chances >= 0) & (chances <= 1)).all()):
+    if chances.dim() != 1 or not len(chances) or not _are_probabilities(chances):
         raise OptionError("probability holds one number from 0 to 1 for each distance of blocks, from 0 on")
     if block < 1:
         raise OptionError(f"sampled takes blocks of 1 token or more, not {block}")
@@ -42,6 +42,11 @@ def sampled(seed: int | Tensor, probability: Sequence[float] | Tensor, block: in
     held = seed.view(1) if isinstance(seed, Tensor) else torch.tensor([seed])
     formula = f"sampled({shown}, block={block}{'' if per_head else ', per_head=False'})"
     return make_rule(formula, kept, mask_seed=held, probability=chances)
+
+
+def _are_probabilities(chances: Tensor) -> bool:
+    """A graph that is being traced has no values to look at."""
+    return torch.compiler.is_dynamo_compiling() or bool(((chances >= 0) & (chances <= 1)).all())
 
 
 _ROWS = 1 << 20  # of blocks for each head: rows of two heads don't meet

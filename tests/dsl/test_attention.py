@@ -198,6 +198,19 @@ def test_another_draw_without_another_program(backend: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (backend != "eager")
 
 
+def test_masks_made_inside_a_compiled_function() -> None:
+    q, k, v = operands(hk=4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        text_first = masks.segments([4, 20], {(1, 1): masks.window(3), (0, 1): lambda b, h, q_idx, kv_idx: q_idx < kv_idx})
+        out = attncompiler.attention(q, k, v, keep=text_first & masks.sampled(3, [1.0, 0.6], 4))
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(attend, backend="attncompiler", fullgraph=True)
+    agree(compiled(q, k, v), attend(q, k, v), (q, k, v))
+
+
 def test_draws_are_recognised() -> None:
     q, k, v = (t.detach().float() for t in operands(hk=4))
     mask = masks.sampled(torch.tensor([3]), [1.0, 0.6, 0.3], 4)
