@@ -28,6 +28,7 @@ from attncompiler.ir.expr import (
     mul,
     walk,
 )
+from attncompiler.passes.constants import Constants
 from attncompiler.passes.contraction import Contraction, argument, contraction_of
 from attncompiler.passes.elementwise import BOOLEAN_ONLY, ELEMENTWISE, base_name
 from attncompiler.passes.memory import memory_root, written_roots
@@ -55,8 +56,8 @@ from attncompiler.passes.sizes import Extent, IndexSpace, same, size_expr
 class Reader:
     """Reads elements of the tensors of one graph in one index space."""
 
-    def __init__(self, module: GraphModule, space: IndexSpace, trained: frozenset[Node]) -> None:
-        self.module, self.space, self.trained = module, space, trained
+    def __init__(self, module: GraphModule, space: IndexSpace, trained: frozenset[Node], constants: Constants) -> None:
+        self.module, self.space, self.trained, self.constants = module, space, trained, constants
         self.written = written_roots(module.graph)
         self.leaves: dict[str, Operand] = {}
         self.memo: dict[tuple[Node, Index], Expr] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import cast
 
@@ -127,12 +128,25 @@ def _operand(graph: Graph, operand: Operand) -> Node:
         return graph.call_function(
             aten.randint.low, (-(2**62), 2**62, [1]), {"dtype": torch.int64, "device": device, "pin_memory": False}
         )
+    if operand.table is not None:
+        return _table(graph, operand.table.to(node.meta["val"].device))
     if operand.channel_place is not None:
         order = [d for d in range(node.meta["val"].dim()) if d != operand.channel_place] + [operand.channel_place]
         node = graph.call_function(aten.permute.default, (node, order))
     if operand.dtype is not None:
         node = graph.call_function(aten.to.dtype, (node, operand.dtype))
     return node
+
+
+def _table(graph: Graph, table: torch.Tensor) -> Node:
+    """A tensor as a buffer of the graph's module."""
+    module = graph.owning_module
+    assert module is not None
+    name = next(name for i in itertools.count() if not hasattr(module, name := f"attention_table{i}"))
+    module.register_buffer(name, table, persistent=False)
+    found = graph.get_attr(name)
+    found.meta["val"] = table
+    return found
 
 
 def _extent(graph: Graph, before: Node, extent: int | torch.SymInt) -> int | Node:
