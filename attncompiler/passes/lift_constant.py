@@ -51,7 +51,7 @@ def _rule_each(planes: list[Plane]) -> Iterator[Rule]:
 # ------------------------------------------------------------------------------------------------ tensors of two values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LiftedTensor:
     """A tensor that is `on` where the rule holds and `off` elsewhere: bool, 0 and -inf, 1 and 0."""
 
@@ -76,14 +76,23 @@ class LiftedTensor:
 
 
 def lift_tensor(tensor: Tensor) -> LiftedTensor | None:
-    """The rule of a tensor [M, N] or [heads, M, N] of two values; None where it has more, or no rule is known."""
+    """The rule of a tensor [M, N] or [heads, M, N] of two values; None where it has more, or no rule is known.
+
+    What is kept is tried before what is hidden; but a rule of positions is better than ids, and ids than a pattern."""
+    best: LiftedTensor | None = None
     for on, off in _two_values(tensor):
         kept = _kept(tensor, on, off)
-        if kept is None:
-            return None
-        if (rule := rule_of(kept)) is not None:
-            return LiftedTensor(rule, on, off)
-    return None
+        rule = None if kept is None else rule_of(kept)
+        if rule is not None and (best is None or _rank_read(rule) < _rank_read(best.rule)):
+            best = LiftedTensor(rule, on, off)
+        if kept is None or (best is not None and not best.rule.tables):
+            break
+    return best
+
+
+def _rank_read(rule: Rule) -> int:
+    """The rank of the largest table: 0 where the rule reads none."""
+    return max((table.dim() for table in rule.tables.values()), default=0)
 
 
 def _two_values(tensor: Tensor) -> Iterator[tuple[bool | int | float, bool | int | float]]:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from attncompiler.errors import AttnCompilerError
 from attncompiler.explanation import Missed
 from attncompiler.ir.text import to_text
+from attncompiler.passes.constant_masks import ConstantMasks
 from attncompiler.passes.constants import Constants
 from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
@@ -41,8 +42,8 @@ def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     """Needs: Dynamo's graph and its inputs. Ensures: an equal graph whose recognised attentions are single ops."""
     captured = capture(module, inputs)
     log.debug("after normalise:\n%s", captured.code)
-    constants = Constants(captured, module, inputs)
-    sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)), constants)
+    masks = ConstantMasks(Constants(captured, module, inputs))
+    sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)), masks)
     covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
     missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)
     left = rewrite(captured, sites)

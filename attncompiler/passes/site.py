@@ -34,8 +34,9 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Dtype, Keep, TensorDecl, each_clause
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.ir.verify import verify
-from attncompiler.passes.constant_masks import Recovery, lift_constants
+from attncompiler.passes.constant_masks import Recovery, View, lift_constants
 from attncompiler.passes.constants import Recipe
+from attncompiler.passes.lift_constant import LiftedTensor
 from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
 from attncompiler.passes.nodes import Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
@@ -195,9 +196,18 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
 def _recover(reader: Reader, names: Mapping[str, str], program: Attention) -> tuple[Attention, tuple[Recovered, ...]]:
     """The program with rules for its constant masks. `names`: of the reader's leaves in the program."""
     nodes = {new: reader.leaves[old].node for old, new in names.items() if reader.leaves[old].is_plain}
-    constants = {name: constant for name, node in nodes.items() if (constant := reader.constants.of(node)) is not None}
-    program, recoveries = lift_constants(program, {name: constant.value for name, constant in constants.items()})
-    return program, tuple(Recovered(nodes[found.operand], constants[found.operand].recipe, found) for found in recoveries)
+
+    def rule_of(name: str, view: View) -> LiftedTensor | None:
+        return reader.masks.of(nodes[name], view) if name in nodes else None
+
+    program, recoveries = lift_constants(program, rule_of)
+    recovered = []
+    for recovery in recoveries:
+        node = nodes[recovery.operand]
+        constant = reader.masks.constants.of(node)
+        assert constant is not None
+        recovered.append(Recovered(node, constant.recipe, recovery))
+    return program, tuple(recovered)
 
 
 def _settle(program: Attention) -> Attention:
