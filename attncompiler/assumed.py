@@ -52,7 +52,7 @@ class _Assumption:
 
     recipe: Recipe
     recovery: Recovery
-    seen: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    seen: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # of _Seen
     looks: int = 0
 
     def holds(self, args: Sequence[Any]) -> bool:
@@ -60,7 +60,7 @@ class _Assumption:
         tensor = args[self.recipe.source]
         if not is_plain(tensor):
             return False
-        seen = self.seen.get(tensor)
+        seen: _Seen | None = self.seen.get(tensor)
         if seen is None or (seen.address, seen.writes) != (tensor.data_ptr(), tensor._version):
             if self.looks == _MOST_LOOKS:
                 return False

@@ -36,7 +36,7 @@ class View:
 
 @dataclass(frozen=True)
 class Recovery:
-    """An operand, or what a program reads of it, that a rule stands for; and the tensors that the rule reads, by their names there."""
+    """What a program reads of an operand, that a rule stands for; and the tensors that the rule reads, by their names there."""
 
     operand: str
     view: View

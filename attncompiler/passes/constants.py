@@ -1,8 +1,8 @@
 """Which tensors of a captured graph are constant, and what they hold.
 
-What a graph makes of constants alone has one value for ever. A buffer, or a tensor of a closure or a module of Python, is an input of
-Dynamo's graph: it is constant while it is the same tensor and nobody writes to it, which only the run can tell (`assumed.py`). An
-argument of the call is never constant, however often it is the same.
+What a graph makes of constants alone has one value for ever. A buffer, or a tensor of a closure or a module of Python, is an input
+of Dynamo's graph: it is constant while it is the same tensor and nobody writes to it, which only the run can tell (`assumed.py`).
+An argument of the call is never constant, however often it is the same.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Constants:
         self.inputs: Mapping[Node, tuple[int, Tensor]] = {
             node: (i, held[i]) for i, node in enumerate(placeholders) if i in held and _storage(held[i]) not in changed
         }
+        self.nodes: set[Node] = set()  # all that is constant
+        for node in captured.graph.nodes:
+            if self._is_constant(node) and self.nodes.issuperset(node.all_input_nodes):
+                self.nodes.add(node)
         self.memo: dict[Node, Constant | None] = {}
 
     def of(self, node: Node) -> Constant | None:
@@ -71,10 +75,14 @@ class Constants:
             self.memo[node] = self._evaluated(node)
         return self.memo[node]
 
+    def is_last(self, node: Node) -> bool:
+        """True for a constant that something else than a constant is made of."""
+        return node in self.nodes and not self.nodes.issuperset(node.users)
+
     def _evaluated(self, node: Node) -> Constant | None:
-        ancestors = self._ancestors(node)
-        if ancestors is None:
+        if node not in self.nodes:
             return None
+        ancestors = self._ancestors(node)
         sources = [ancestor for ancestor in ancestors if ancestor in self.inputs]
         made = sum(_bytes(ancestor) for ancestor in ancestors if ancestor.op == "call_function")
         if len(sources) > 1 or made > _MOST_BYTES:
@@ -91,15 +99,13 @@ class Constants:
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return None  # no such device here, no memory: then it is read as any tensor is
 
-    def _ancestors(self, node: Node) -> list[Node] | None:
-        """All that `node` is made of, itself last; None where any of it is not constant."""
+    def _ancestors(self, node: Node) -> list[Node]:
+        """All that `node` is made of, itself last."""
         seen: set[Node] = set()
         stack = [node]
         while stack:
             current = stack.pop()
             if current not in seen:
-                if not self._is_constant(current):
-                    return None
                 seen.add(current)
                 stack.extend(current.all_input_nodes)
         return [n for n in self.module.graph.nodes if n in seen]
@@ -147,8 +153,8 @@ def _storage(tensor: object) -> int | None:
 
 
 def is_plain(tensor: object) -> bool:
-    """True for a tensor whose writes torch counts: not for one of inference mode, or in memory that NumPy, a file or another process
-    has too."""
+    """True for a tensor whose writes torch counts: not for one of inference mode, or in memory that NumPy, a file or another
+    process has too."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     assert isinstance(tensor, Tensor)

@@ -19,7 +19,7 @@ from attncompiler.passes.mask_rules import Plane, Rule, holds, rules_of
 
 
 def rule_of(mask: Tensor) -> Rule | None:
-    """The simplest known rule that keeps exactly the pairs of `mask`, bool [M, N] or [heads, M, N], on the CPU; None without one."""
+    """The simplest known rule that keeps exactly the pairs of a mask, bool [M, N] or [heads, M, N], on the CPU; None without."""
     heads = mask.reshape(-1, *mask.shape[-2:])
     if min(heads.shape) == 0:
         return None

@@ -48,12 +48,14 @@ class Rule:
             "q_idx": rows.reshape(1, 1, -1, 1), "kv_idx": torch.arange(shape[1]).reshape(1, 1, 1, -1),
         }  # fmt: skip
         block = Block(self.tables, {}, {"b": 1, "h": head + 1, "q_idx": shape[0], "kv_idx": shape[1]}, at, torch.float64)
-        kept = block.tensor(self.predicate)
-        return kept.to(torch.bool).expand(1, 1, rows.numel(), shape[1])[0, 0]
+        kept = block.tensor(self.predicate).to(torch.bool)
+        return kept.expand(1, 1, rows.numel(), shape[1])[0, 0]
 
 
 class Plane:
-    """A mask bool [M, N], and a sample of its rows with what is kept there: row, first, end, count and number of runs, int64 [S]."""
+    """A mask bool [M, N], and a sample of its rows with what is kept there: row, first, end, count and number of runs, int64 [S].
+
+    Of a row that keeps nothing first is 0 and end N."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -74,7 +76,8 @@ class Plane:
     @functools.cached_property
     def first_of_all(self) -> Tensor:
         """The first kept key of every row, int64 [M]; 0 where there is none."""
-        return self.mask.view(torch.uint8).argmax(1)
+        first: Tensor = self.mask.view(torch.uint8).argmax(1)
+        return first
 
 
 _CHUNK = 1 << 22  # pairs that are looked at together: their intermediate results stay in cache
@@ -96,8 +99,9 @@ def _sample(m: int) -> Tensor:
     if m <= 96:
         return torch.arange(m)
     generator = torch.Generator().manual_seed(m)
-    spaced = torch.linspace(0, m - 1, 33).long()
-    return torch.cat([torch.arange(4), spaced, torch.randint(0, m, (48,), generator=generator), torch.arange(m - 4, m)]).unique()
+    spaced, drawn = torch.linspace(0, m - 1, 33).long(), torch.randint(0, m, (48,), generator=generator)
+    rows: Tensor = torch.cat([torch.arange(4), spaced, drawn, torch.arange(m - 4, m)]).unique()
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- rules of a sequence
@@ -157,7 +161,7 @@ def _runs(plane: Plane) -> Iterator[Rule]:
     """One run of keys a query: causal, windows, prefixes, causal by blocks; and such a run after the first keys."""
     some = plane.count > 0
     row, first, end = plane.row[some], plane.first[some], plane.end[some]
-    if int(plane.runs.max()) <= 1:
+    if int(plane.runs.max()) == 1:
         for low in _lower(row, first):
             for high in _upper(row, end, plane.n):
                 yield Rule(conj(low, high))
@@ -230,8 +234,8 @@ def _documents(plane: Plane) -> Iterator[Rule]:
 
 
 def _own(plane: Plane) -> Iterator[tuple[Expr, Mapping[str, Tensor]]]:
-    """That both are of one document: runs that the first diagonal below shows, of one size or not; or of one region, which its first
-    key names."""
+    """That both are of one document: runs that the first diagonal below shows, of one size or not; or of one region, which its
+    first key names."""
     starts = torch.nn.functional.pad(~plane.mask.diagonal(-1), (1, 0), value=True)
     at = starts.nonzero().squeeze(1)
     if 1 < at.numel() < plane.n:
@@ -259,7 +263,7 @@ def neighbourhoods(plane: Plane) -> Iterator[Rule]:
     kept = plane.mask[-1 if causal else 0].nonzero().squeeze(1)
     window = kept.numel()
     dilation = int(kept[1] - kept[0]) if window > 1 else 1
-    if not causal and _shift(plane.count) is None or window * dilation > length:
+    if (not causal and _shift(plane.count) is None) or window * dilation > length:
         return
     for stride in sorted({1, *_steps(plane.first_of_all[::dilation])}):
         if stride <= window:
@@ -310,7 +314,7 @@ def _grids(plane: Plane) -> Iterator[Rule]:
         parts = []
         for length, rule in axes:
             inner //= length
-            at = {axis: mod(floordiv(axis, Const(inner)), Const(length)) for axis in (Q_IDX, KV_IDX)}
+            at: dict[Expr, Expr] = {axis: mod(floordiv(axis, Const(inner)), Const(length)) for axis in (Q_IDX, KV_IDX)}
             parts.append(substitute(rule.predicate, at))
         yield Rule(conj(*parts))
 
@@ -319,8 +323,8 @@ def _separated(plane: Plane, axes: int) -> Iterator[list[tuple[int, Rule]]]:
     """The lengths of two or three axes, outer ones first, with a rule for each, such that a pair seems to be kept where all axes
     keep it.
 
-    If the mask is the Kronecker product of two, a row is the outer product of a row of each: X shows in the rows at the start of each
-    inner run, Y in those of the first run."""
+    If the mask is the Kronecker product of two, a row is the outer product of a row of each: the outer one shows in the rows at
+    the start of each inner run, the inner one in those of the first run."""
     n = plane.n
     for inner in (size for size in range(2, n // 2 + 1) if n % size == 0):
         grid = plane.sample.view(-1, n // inner, inner)
@@ -342,7 +346,9 @@ def _axis_rule(axis: Plane) -> Rule | None:
     if axis.n > 4096:
         return None
     guesses: tuple[Callable[[Plane], Iterator[Rule]], ...] = (_everything, neighbourhoods, _runs, halos, _dilated)
-    return next((rule for guess in guesses for rule in guess(axis) if axis.looks_like(rule) and holds(rule, axis.mask.unsqueeze(0))), None)
+    return next(
+        (rule for guess in guesses for rule in guess(axis) if axis.looks_like(rule) and holds(rule, axis.mask.unsqueeze(0))), None
+    )
 
 
 def _everything(plane: Plane) -> Iterator[Rule]:

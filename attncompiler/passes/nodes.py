@@ -72,7 +72,7 @@ def is_tensor(value: object) -> bool:
 @dataclass(frozen=True)
 class Operand:
     """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be; a new seed; or a table
-    that the compiler made, on the device of the node that it was made of."""
+    that the compiler made, on the node's device."""
 
     node: Node
     channel_place: int | None = None

@@ -82,15 +82,19 @@ class Reader:
         return Read(node.name, index)
 
     def _has_rule(self, node: Node, index: Index, expr: Expr) -> bool:
-        """True for a constant that a rule explains better than `expr`, what it is computed from: tensors of pairs, or many pieces that
+        """True for a constant that a rule explains better than `expr`, what it is computed from: tensors of pairs, or pieces that
         were assigned one by one. It is lifted as a whole when the program is finished."""
-        nodes = list(walk(expr))
-        reads = [n for n in nodes if isinstance(n, Read)]
-        if isinstance(expr, Read) or any(isinstance(n, Dot | Uniform | Weights | RowReduce) for n in nodes):
+        if isinstance(expr, Read) or not self.masks.constants.is_last(node):
             return False
-        of_pairs = any({"q_idx", "kv_idx"} <= axes_of(read) for read in reads)
+        nodes = list(walk(expr))
+        of_pairs = any(
+            isinstance(n, Read)
+            and {"q_idx", "kv_idx"} <= axes_of(n)
+            and not self.masks.explains(self.leaves[n.tensor].node, n.index)
+            for n in nodes
+        )
         pieces = sum(isinstance(n, Apply) and n.op == "where" for n in nodes)
-        return (of_pairs or (not reads and pieces > 1)) and self.masks.explains(node, index)
+        return (of_pairs or pieces > 1) and self.masks.explains(node, index)
 
     def _better_read(self, node: Node, expr: Expr) -> bool:
         """True for side inputs that are cheaper read than computed for every pair: one value a row, a column or a head."""

@@ -119,9 +119,7 @@ class _Letters:
     channel: str
 
 
-def _product(
-    module: GraphModule, node: Node, product: Contraction, trained: frozenset[Node], masks: ConstantMasks
-) -> Site:
+def _product(module: GraphModule, node: Node, product: Contraction, trained: frozenset[Node], masks: ConstantMasks) -> Site:
     first = Unrecognised("no side of the product is a softmax")
     for weights, value in (("left", "right"), ("right", "left")):
         weights_node: Node = getattr(product, weights)
@@ -147,7 +145,12 @@ def _roles(product: Contraction, weights_letters: str, value_letters: str) -> _L
 
 
 def _oriented(
-    module: GraphModule, node: Node, product: Contraction, weights_side: str, value_side: str, trained: frozenset[Node],
+    module: GraphModule,
+    node: Node,
+    product: Contraction,
+    weights_side: str,
+    value_side: str,
+    trained: frozenset[Node],
     masks: ConstantMasks,
 ) -> Site:
     weights_node: Node = getattr(product, weights_side)

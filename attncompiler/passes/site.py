@@ -172,7 +172,8 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
         operands.append(operand)
     program = replace(renamed, tensors=tuple(decls))
     program, recovered = _recover(reader, names, program)
-    operands += [Operand(known.node, table=table) for known in recovered for table in known.recovery.tables.values()]
+    values = reader.leaves[draft.sum.tensor].node
+    operands += [Operand(values, table=table) for known in recovered for table in known.recovery.tables.values()]
     declared = [decl.name for decl in program.tensors]
     carrying = frozenset(names[old] for old in names if reader.leaves[old].node in trained)
     passes: tuple[tuple[str, Callable[[Attention], Attention]], ...] = (
