@@ -19,6 +19,7 @@ from attncompiler.dsl.term import Positions, terms
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import OptionError
 from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, Axis, Const, Expr, H, Read, apply, settled, transform
+from attncompiler.ir.ranges import within
 from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
 
 _MOST_PAIRS = 1 << 26
@@ -119,7 +120,7 @@ class _Rule(Mask):
         return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        return settled(self.kept(terms(self.captured)).expr, KV_IDX), dict(self.captured)
+        return settled(within(self.kept(terms(self.captured)).expr, extents), KV_IDX), dict(self.captured)
 
     def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.kept(Positions(b, h, q_idx, kv_idx, self.captured))
@@ -174,7 +175,7 @@ class _Traced(Mask):
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         examples = [torch.zeros((), dtype=torch.int64) for _ in AXES]
         expr, captured = traced(self.function, AXES, examples, extents)
-        return settled(expr, KV_IDX), captured
+        return settled(within(expr, extents), KV_IDX), captured
 
     def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.function(b, h, q_idx, kv_idx)
