@@ -57,10 +57,9 @@ def within(expr: Expr, extents: Mapping[Axis, int]) -> Expr:
     def visit(node: Expr) -> Expr | None:
         if not isinstance(node, Apply) or node.op not in (*_ALWAYS, "floordiv", "mod", "minimum", "maximum"):
             return None
-        args = [transform(arg, visit) for arg in node.args]
-        if all(surely_int(arg) for arg in args):
-            return _settled_by_ranges(node.op, *args, extents) or apply(node.op, *args)
-        return apply(node.op, *args)
+        left, right = (transform(arg, visit) for arg in node.args)
+        known = _settled_by_ranges(node.op, left, right, extents) if surely_int(left) and surely_int(right) else None
+        return known or apply(node.op, left, right)
 
     return transform(expr, visit)
 
