@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to predict for")
     cost.add_argument("--picture", action="store_true", help="draw the tiles")
     cost.add_argument("--svg", metavar="FILE", help="write the picture as SVG")
+    cost.add_argument("--png", metavar="FILE", help="write the picture as PNG")
+    cost.add_argument("--head", type=int, metavar="H", help="draw this head (default: all that differ, side by side)")
     cost.set_defaults(run=plan.run)
     health = command("doctor", "check this installation: versions, device, caches, what works here", False)
     health.set_defaults(run=doctor.run)

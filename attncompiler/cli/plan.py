@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from attncompiler import masks
-from attncompiler.dsl.pictures import picture, svg
+from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.errors import OptionError
 from attncompiler.masks import Mask
 from attncompiler.tuning.speed_of_light import speed_of_light
@@ -36,14 +36,19 @@ def run(arguments: argparse.Namespace) -> int:
     light = speed_of_light(plan, mask.kept_pairs(b, h, m, n), (b, h, m, n, d), target_named(arguments.target))
     found: dict[str, Any] = {"mask": str(mask), "shape": [b, h, m, n, d], "tile": [block_q, block_kv], "target": arguments.target,
                              "build_ms": build_ms, **asdict(light)}  # fmt: skip
+    head = arguments.head
+    if head is not None and not 0 <= head < h:
+        raise OptionError(f"--head {head}: the shape has {h} heads", do=f"give one from 0 to {h - 1}")
     if arguments.svg:
-        Path(arguments.svg).write_text(svg(plan))
+        Path(arguments.svg).write_text(svg(plan, head=head))
+    if arguments.png:
+        Path(arguments.png).write_bytes(png(plan, head=head))
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
         print(tabulate([(name.replace("_", " "), _text(value)) for name, value in found.items()], tablefmt="plain"))
         if arguments.picture:
-            print("\n" + picture(plan))
+            print("\n" + picture(plan, head=head))
         if light.visited_tiles == 0:
             print("\nThis mask keeps no key for any query.")
     return 1 if light.visited_tiles == 0 else 0

@@ -90,6 +90,9 @@ def _write(expr: Expr, names: Names) -> str:
     if isinstance(expr, Uniform):
         names.helpers.add("uniform")
         seed = _read(expr.seed, names)
+        if expr.at:
+            row, column = (_write(place, names) for place in expr.at)
+            return f"uniform({seed}, ({row}).to(tl.int64), {column})"
         return f"uniform({seed}, (b * H + h).to(tl.int64) * M + {names.axis('q_idx')}, {names.axis('kv_idx')})"
     assert isinstance(expr, Apply)
     return _apply(expr, names)

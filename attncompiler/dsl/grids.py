@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.dsl.masks import Mask, Sized, make_rule
+from attncompiler.dsl.segments import segments
 from attncompiler.dsl.term import Positions, equal, larger, smaller
 from attncompiler.errors import OptionError
 
@@ -165,16 +166,13 @@ def disc(shape: Sequence[int], radius: int, text: int = 0) -> Mask:
         raise OptionError(f"disc({(rows, columns)}, {radius}, {text}) has a size below 1")
 
     def kept(p: Positions) -> Any:
-        i, j = p.q - text, p.k - text
-        down, across = i // columns - j // columns, i % columns - j % columns
-        near = down * down + across * across < radius * radius
-        return near if text == 0 else (p.q < text) | (p.k < text) | near
-
-    formula = f"disc({(rows, columns)}, {radius}{f', text={text}' if text else ''})"
+        down, across = p.q // columns - p.k // columns, p.q % columns - p.k % columns
+        return down * down + across * across < radius * radius
 
     def count() -> int:
         down, across = torch.arange(-rows + 1, rows)[:, None], torch.arange(-columns + 1, columns)
         pairs = (rows - down.abs()) * (columns - across.abs()) * (down * down + across * across < radius * radius)
-        return int(pairs.sum()) + 2 * text * rows * columns + text * text
+        return int(pairs.sum())
 
-    return Sized(make_rule(formula, kept), rows * columns + text, count)
+    image = Sized(make_rule(f"disc({(rows, columns)}, {radius})", kept), rows * columns, count)
+    return image if text == 0 else segments({"text": text, "image": rows * columns}, {("image", "image"): image})

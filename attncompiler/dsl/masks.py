@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.pictures import picture, svg
+from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.dsl.term import Positions, terms
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import OptionError
@@ -46,9 +46,22 @@ class Mask(ABC):
 
         Raises: OptionError where the sizes don't fit."""
 
+    def check(self, extents: Extents) -> None:  # noqa: B027  most masks fit all sizes
+        """Raises: OptionError where the sizes don't fit."""
+
+    @property
+    def reads_tensors(self) -> bool:
+        """True where it may read tensors by position: then no position outside its own tokens may reach it."""
+        return False
+
     @abstractmethod
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The rule at positions that are index tensors, whatever their number."""
+
     def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The mask at positions that are index tensors, in plain torch: what other backends compile, and ours recognises."""
+        """The mask at all positions as index tensors, in plain torch: what other backends compile, and ours recognises."""
+        self.check({axis: at.numel() for axis, at in zip(AXES, (b, h, q_idx, kv_idx), strict=True)})
+        return self.at(b, h, q_idx, kv_idx)
 
     def __and__(self, other: Mask) -> Mask:
         return _Joined("and", (self, as_mask(other)))
@@ -69,13 +82,23 @@ class Mask(ABC):
         predicate, captured = self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
         return count_kept(predicate, captured, (b, h, m, n))
 
-    def show(self, b: int, h: int, m: int, n: int, columns: int = 64) -> str:
-        """A picture in text: queries downwards, keys to the right, of the first batch and head."""
-        return picture(self.plan(b, h, m, n), columns)
+    def show(self, b: int, h: int, m: int, n: int, columns: int = 64, *, batch: int | None = None, head: int | None = None) -> str:
+        """A picture in text: queries downwards, keys to the right; of all batches and heads that differ, or of those given."""
+        return picture(self._drawn(b, h, m, n, batch, head), columns, batch, head)
 
-    def svg(self, b: int, h: int, m: int, n: int) -> str:
+    def svg(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> str:
         """The same picture as SVG."""
-        return svg(self.plan(b, h, m, n))
+        return svg(self._drawn(b, h, m, n, batch, head), True, batch, head)
+
+    def png(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> bytes:
+        """The same picture as PNG: what to write into a file."""
+        return png(self._drawn(b, h, m, n, batch, head), batch, head)
+
+    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> TilePlan:
+        for what, number, count in (("batch", batch, b), ("head", head, h)):
+            if number is not None and not 0 <= number < count:
+                raise OptionError(f"there is no {what} {number} to draw", do=f"give one from 0 to {count - 1}")
+        return self.plan(b, h, m, n)
 
     def same_as(self, other: Mask, b: int, h: int, m: int, n: int) -> bool | None:
         """Whether both keep the same pairs at these sizes; None where neither the rules nor a look at every pair can tell."""
@@ -122,7 +145,11 @@ class _Rule(Mask):
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         return settled(within(self.kept(terms(self.captured)).expr, extents), KV_IDX), dict(self.captured)
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    @property
+    def reads_tensors(self) -> bool:
+        return bool(self.captured)
+
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.kept(Positions(b, h, q_idx, kv_idx, self.captured))
         return found
 
@@ -145,18 +172,21 @@ class Sized(Mask):
     def to(self, device: torch.device | str) -> Mask:
         return replace(self, mask=self.mask.to(device))
 
-    def _check(self, queries: int, keys: int) -> None:
-        for what, count in (("queries", queries), ("keys", keys)):
-            if count != self.size:
-                raise OptionError(f"{self.mask} is for {self.size} tokens, not {count} {what}")
+    @property
+    def reads_tensors(self) -> bool:
+        return self.mask.reads_tensors
+
+    def check(self, extents: Extents) -> None:
+        for what, axis in (("queries", Q_IDX), ("keys", KV_IDX)):
+            if extents[axis] != self.size:
+                raise OptionError(f"{self.mask} is for {self.size} tokens, not {extents[axis]} {what}")
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        self._check(extents[Q_IDX], extents[KV_IDX])
+        self.check(extents)
         return self.mask.rule(extents)
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        self._check(q_idx.numel(), kv_idx.numel())
-        return self.mask.on(b, h, q_idx, kv_idx)
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self.mask.at(b, h, q_idx, kv_idx)
 
     def __str__(self) -> str:
         return str(self.mask)
@@ -172,12 +202,16 @@ class _Traced(Mask):
     def is_fixed(self) -> bool:
         return False
 
+    @property
+    def reads_tensors(self) -> bool:
+        return True
+
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         examples = [torch.zeros((), dtype=torch.int64) for _ in AXES]
         expr, captured = traced(self.function, AXES, examples, extents)
         return settled(within(expr, extents), KV_IDX), captured
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.function(b, h, q_idx, kv_idx)
         return found
 
@@ -194,8 +228,16 @@ class _Joined(Mask):
     def is_fixed(self) -> bool:
         return all(part.is_fixed for part in self.parts)
 
+    @property
+    def reads_tensors(self) -> bool:
+        return any(part.reads_tensors for part in self.parts)
+
     def to(self, device: torch.device | str) -> Mask:
         return replace(self, parts=tuple(part.to(device) for part in self.parts))
+
+    def check(self, extents: Extents) -> None:
+        for part in self.parts:
+            part.check(extents)
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         captured: Captured = {}
@@ -205,12 +247,12 @@ class _Joined(Mask):
             exprs.append(rename(expr, adopt(captured, tensors)))
         return settled(apply(self.operator, *exprs), KV_IDX), captured
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        parts = [part.on(b, h, q_idx, kv_idx) for part in self.parts]
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        parts = [part.at(b, h, q_idx, kv_idx) for part in self.parts]
         return ~parts[0] if self.operator == "not" else parts[0] & parts[1] if self.operator == "and" else parts[0] | parts[1]
 
     def __str__(self) -> str:
-        texts = [str(part) if isinstance(part, _Rule | Sized | _Traced) else f"({part})" for part in self.parts]
+        texts = [f"({part})" if isinstance(part, _Joined) else str(part) for part in self.parts]
         return f"~{texts[0]}" if self.operator == "not" else {"and": " & ", "or": " | "}[self.operator].join(texts)
 
 
@@ -259,15 +301,21 @@ class _PerHead(Mask):
     def is_fixed(self) -> bool:
         return all(mask.is_fixed for mask in self.masks)
 
+    @property
+    def reads_tensors(self) -> bool:
+        return any(mask.reads_tensors for mask in self.masks)
+
     def to(self, device: torch.device | str) -> Mask:
         return replace(self, masks=tuple(mask.to(device) for mask in self.masks))
 
-    def _check(self, heads: int) -> None:
-        if heads != len(self.masks):
-            raise OptionError(f"per_head has {len(self.masks)} masks for {heads} heads")
+    def check(self, extents: Extents) -> None:
+        if extents[H] != len(self.masks):
+            raise OptionError(f"per_head has {len(self.masks)} masks for {extents[H]} heads")
+        for mask in self.masks:
+            mask.check(extents)
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        self._check(extents[H])
+        self.check(extents)
         captured: Captured = {}
         of: dict[Expr, list[int]] = {}
         for number, mask in enumerate(self.masks):
@@ -281,11 +329,10 @@ class _PerHead(Mask):
             parts.append(apply("and", which, expr))
         return reduce(lambda a, b: apply("or", a, b), parts), captured
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        self._check(h.numel())
-        found = (h == 0) & self.masks[0].on(b, h, q_idx, kv_idx)
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        found = (h == 0) & self.masks[0].at(b, h, q_idx, kv_idx)
         for number, mask in enumerate(self.masks[1:], 1):
-            found = found | (h == number) & mask.on(b, h, q_idx, kv_idx)
+            found = found | (h == number) & mask.at(b, h, q_idx, kv_idx)
         return found
 
     def __str__(self) -> str:

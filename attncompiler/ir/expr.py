@@ -103,18 +103,21 @@ class Dot(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Expr):
-    """A number in [0, 1) for each (b, h, q_idx, kv_idx) from a counter-based stream; `seed` reads one int64."""
+    """A number in [0, 1) from a counter-based stream; `seed` reads one int64.
+
+    One for each (b, h, q_idx, kv_idx), or for each `at` = (row, column): integers that vary with q_idx and with kv_idx."""
 
     seed: Read
+    at: tuple[Expr, ...] = ()
 
     @property
     def children(self) -> tuple[Expr, ...]:
-        return (self.seed,)
+        return (self.seed, *self.at)
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
-        (seed,) = children
+        seed, *at = children
         assert isinstance(seed, Read)
-        return Uniform(seed)
+        return Uniform(seed, tuple(at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,7 @@ def walk(expr: Expr) -> Iterator[Expr]:
 def axes_of(expr: Expr) -> frozenset[str]:
     """The axes that the value of `expr` varies with."""
     names = {node.name for node in walk(expr) if isinstance(node, Axis)}
-    if any(isinstance(node, Uniform) for node in walk(expr)):
+    if any(isinstance(node, Uniform) and not node.at for node in walk(expr)):
         names |= {axis.name for axis in AXES}
     return frozenset(names)
 

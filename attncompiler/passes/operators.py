@@ -400,6 +400,14 @@ def _dropout(reader: Reader, node: Node, index: Index) -> Expr | None:
     return mul(inner, apply("where", kept, Const(1.0 / (1.0 - float(p))), Const(0.0)))
 
 
+def _uniform_at(reader: Reader, node: Node, index: Index) -> Expr | None:
+    seed, *at = node.args
+    assert isinstance(seed, Node)
+    read = reader.element(seed, (ZERO,))
+    places = tuple(reader.operand(place, shape_of(node), index) for place in at)
+    return Uniform(read, places) if isinstance(read, Read) else None
+
+
 def _nan_to_num(reader: Reader, node: Node, index: Index) -> Expr | None:
     if len(node.args) > 1 and node.args[1] not in (None, 0, 0.0):
         return None
@@ -430,5 +438,6 @@ HANDLERS: Mapping[str, Handler] = {
     "softmax": _softmax(False), "_softmax": _softmax(False), "_safe_softmax": _softmax(False),
     "log_softmax": _softmax(True), "_log_softmax": _softmax(True),
     "dropout": _dropout, "dropout_": _dropout, "feature_dropout": _not_understood, "nan_to_num": _nan_to_num,
+    "uniform_at": _uniform_at,
     "sum": _reduce("sum"), "amax": _reduce("max"), "logsumexp": _reduce("lse"),
 }  # fmt: skip
