@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -51,6 +51,16 @@ class Declared:
     captured: tuple[Tensor, ...]
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
+    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
+    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,

@@ -14,6 +14,7 @@ from attncompiler.zoo import (
     halonet,
     packed_documents,
     prefix_lm,
+    prflash,
     radial,
     rat,
     s2,
@@ -24,7 +25,7 @@ from attncompiler.zoo.system import Example, Size, System
 __all__ = ["SYSTEMS", "Example", "Size", "System", "system_named"]
 
 _FILES = (
-    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents,
+    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash,
 )  # fmt: skip
 SYSTEMS: Mapping[str, System] = {system.name: system for file in _FILES for system in file.SYSTEMS}
 

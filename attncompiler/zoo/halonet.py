@@ -121,5 +121,8 @@ SYSTEMS = (
         "halonet", "HaloNet, windows with relative terms", _SOURCE, halonet, halonet_declared, _windows,
         note="Declared over windows as the plain form is; what is recognised reads them through the views that cut them.",
     ),
-    System("halonet-masked", "HaloNet's neighbourhood as a mask", _SOURCE, halonet_masked, halonet_masked_declared, _masked, halonet_mask),
+    System(
+        "halonet-masked", "HaloNet's neighbourhood as a mask", _SOURCE, halonet_masked, halonet_masked_declared, _masked,
+        halonet_mask,
+    ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Prefix language models: the tokens of a prompt see one another, what follows is causal; each sequence has its own prompt length."""
+"""Prefix language models: the tokens of a prompt see one another, what follows is causal; each sequence has its own prompt."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attncompiler.backend import compile_or_leave
 from attncompiler.explain import hinted_sizes
 from attncompiler.explanation import Missed
-from attncompiler.ir.expr import AXES, ZERO, Apply, Const, Dot, Expr, Read, conjuncts, disjuncts, reads_of, substitute, transform
+from attncompiler.ir.expr import (
+    AXES,
+    ZERO,
+    Apply,
+    Const,
+    Dot,
+    Expr,
+    Read,
+    axes_of,
+    conjuncts,
+    disjuncts,
+    reads_of,
+    substitute,
+    transform,
+)
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention
 from attncompiler.ir.text import expr_text, parse
 from attncompiler.passes.plan import TilePlan, build_plan, count_kept
+from attncompiler.passes.site import Site
 from attncompiler.zoo.system import Example, Form, bound
 
 
@@ -39,6 +55,12 @@ class Call:
     def plan(self, block_q: int = 128, block_kv: int = 128) -> TilePlan:
         return build_plan(self.program, self.operands, self.sizes, block_q, block_kv)
 
+    def tiles(self) -> tuple[int, int]:
+        """How many tiles of 128 x 128 it visits, and of how many, over all batches and heads."""
+        plan = self.plan()
+        copies = self.extents[0] * self.extents[1] // (plan.plan_b * plan.plan_h)
+        return copies * int(plan.visited.lengths.sum()), copies * plan.plan_b * plan.plan_h * plan.q_tiles * plan.kv_tiles
+
     def kept_pairs(self) -> int | None:
         """Over all batches and heads; None where that takes too long to count."""
         return count_kept(self.program.keep.predicate, self.operands, self.extents)
@@ -48,7 +70,7 @@ class _Watch(TorchDispatchMode):
     """Takes down every attention, and runs none: its results are zeros without memory. All else runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
@@ -69,7 +91,8 @@ class _Watch(TorchDispatchMode):
 
 def declared(form: Form, example: Example) -> list[Call]:
     """The attentions of a declared form, in order. Takes no memory or time for the floating operands."""
-    with torch.no_grad(), _Watch() as watch:
+    watch = _Watch()
+    with torch.no_grad(), watch:
         bound(form, example.numbers)(*example.outlined())
     return watch.calls
 
@@ -85,7 +108,7 @@ class Recognised:
 
 def recognised(form: Form, example: Example) -> Recognised:
     """What `torch.compile(form, backend="attncompiler")` finds, with gradients; nothing runs, whatever the size."""
-    sites = []
+    sites: list[Site] = []
     missed: list[Missed] = []
 
     def record(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -102,13 +125,28 @@ def recognised(form: Form, example: Example) -> Recognised:
     return Recognised(tuple(site.program for site in sites), tuple(hinted_sizes(site) for site in sites), tuple(missed))
 
 
+class Likeness(enum.Enum):
+    """How two lists of programs compare."""
+
+    SAME = "the same program"
+    THROUGH_VIEWS = "the same program, q, k and v read through views"
+    DIFFERENT = "another program"
+
+
+def likeness(found: Sequence[Attention], expected: Sequence[Attention]) -> Likeness:
+    for through_views, answer in ((False, Likeness.SAME), (True, Likeness.THROUGH_VIEWS)):
+        if [essence(p, through_views) for p in found] == [essence(p, through_views) for p in expected]:
+            return answer
+    return Likeness.DIFFERENT
+
+
 def essence(program: Attention, through_views: bool = False) -> str:
     """The clauses without what does not make them another program: the names of operands, the order of the parts of a mask, an axis
     of one, and what a row without keys gives, which masked_fill and scaled_dot_product_attention have differently.
 
     `through_views`: nor how vectors lie in q, k and v, only which axes they vary with: a window may be read where it lies, or cut
     out first."""
-    ones = {axis: ZERO for axis in AXES if program.axes.size(axis) == Const(1)}
+    ones: dict[Expr, Expr] = {axis: ZERO for axis in AXES if program.axes.size(axis) == Const(1)}
     names: dict[str, str] = {}
 
     def lone(expr: Expr) -> Expr | None:
@@ -128,11 +166,13 @@ def essence(program: Attention, through_views: bool = False) -> str:
     def vector(read: Read) -> Read:
         index = tuple(transform(entry, lone) for entry in read.index)
         if through_views:
-            index = tuple(axis for axis in AXES if any(axis in _axes(entry) for entry in index))
+            index = tuple(axis for axis in AXES if any(axis.name in axes_of(entry) for entry in index))
         return Read(names[read.tensor], index)
 
     plain = replace(
-        program, score=substitute(program.score, ones), keep=replace(program.keep, predicate=substitute(program.keep.predicate, ones))
+        program,
+        score=substitute(program.score, ones),
+        keep=replace(program.keep, predicate=substitute(program.keep.predicate, ones)),
     )
     for root in (plain.score, plain.sum, plain.keep.predicate, *plain.weigh.extra, plain.adjust):
         for read in reads_of(root):
@@ -148,9 +188,3 @@ def essence(program: Attention, through_views: bool = False) -> str:
         "sum": expr_text(vector(value)),
     }
     return "\n".join(f"{name:8}{text}" for name, text in clauses.items())
-
-
-def _axes(expr: Expr) -> set[Expr]:
-    from attncompiler.ir.expr import axes_of
-
-    return {axis for axis in AXES if axis.name in axes_of(expr)}

@@ -43,7 +43,10 @@ def block_mask(frames: int, frame: int, block: int, decay: float) -> Tensor:
             top, left = i * frame // block, j * frame // block
             row = (torch.arange(top, top + side) * block - i * frame)[:, None]  # where each block of rows begins in its frame
             column = torch.arange(left * block, (left + side) * block) - j * frame
-            first, last = torch.maximum(row.clamp(min=0), column - width), torch.minimum((row + block).clamp(max=frame), column + width + 1)
+            first, last = (
+                torch.maximum(row.clamp(min=0), column - width),
+                torch.minimum((row + block).clamp(max=frame), column + width + 1),
+            )
             met = ((last - first).clamp(min=0) * ((column >= 0) & (column < frame))).view(side, side, block)  # rows of a column
             cell = (met * 3 > block).sum(-1) > 0.6 * (met > 0).sum(-1)
             kept[top : top + side, left : left + side] |= cell[: blocks - top, : blocks - left]
@@ -88,6 +91,12 @@ def _example(size: Size) -> Example:
 
 SYSTEMS = (
     System(
-        "radial", "Radial attention, video", "Li et al. 2025, Radial Attention", RadialAttention, radial_declared, _example, radial_mask
+        "radial",
+        "Radial attention, video",
+        "Li et al. 2025, Radial Attention",
+        RadialAttention,
+        radial_declared,
+        _example,
+        radial_mask,
     ),
 )

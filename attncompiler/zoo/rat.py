@@ -1,7 +1,7 @@
 """RAT: tokens of a medical image see those of their own region of a segmentation, wherever they lie.
 
-The authors add -1000 between regions, which no gap of scores that occurs outweighs; here a pair is left out, as most write it. Their
-scale is one over the root of the number of heads, not of channels.
+The authors add -1000 between regions, which no gap of scores that occurs outweighs; here a pair is left out, as most write it. The
+scale is one over the root of the number of heads, not of channels, as in their code.
 """
 
 from __future__ import annotations
