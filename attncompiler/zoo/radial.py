@@ -72,12 +72,12 @@ class RadialAttention(nn.Module):
 
 
 @cache
-def radial_mask(frames: int, frame: int, block: int, decay: float) -> Mask:
-    return masks.radial(frames, frame, block=block, decay=decay)
+def radial_mask(frames: int, frame: int, block: int, decay: float, device: str | torch.device = "cpu") -> Mask:
+    return masks.radial(frames, frame, block=block, decay=decay).to(device)
 
 
 def radial_declared(q: Tensor, k: Tensor, v: Tensor, frames: int, frame: int, block: int, decay: float) -> Tensor:
-    return attncompiler.attention(q, k, v, keep=radial_mask(frames, frame, block, decay).to(q.device))
+    return attncompiler.attention(q, k, v, keep=radial_mask(frames, frame, block, decay, q.device))
 
 
 # ------------------------------------------------------------------------------------------------------------------ examples
