@@ -78,11 +78,19 @@ def _mask(node: ast.expr, text: str) -> Mask:
     if name.id == "per_head" and len(call.args) == 1 and isinstance(call.args[0], ast.List):
         return masks.per_head([_mask(element, text) for element in call.args[0].elts])
     try:
-        positional = [ast.literal_eval(argument) for argument in call.args]
+        positional = [ast.literal_eval(argument) for argument in call.args[: 1 if name.id == "segments" else None]]
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if name.id == "segments" and len(call.args) == 2 and isinstance(rules := call.args[1], ast.Dict):
+            pairs = [ast.literal_eval(key) if key is not None else None for key in rules.keys]
+            positional.append({pair: _rule(rule, text) for pair, rule in zip(pairs, rules.values, strict=True)})
     except ValueError as error:
         raise OptionError(f"the arguments of {name.id} in {text!r} must be literals") from error
     return _made(name.id, positional, named)
+
+
+def _rule(node: ast.expr, text: str) -> Mask | bool:
+    """What segments keeps of a pair: a mask, True or False."""
+    return bool(node.value) if isinstance(node, ast.Constant) else _mask(node, text)
 
 
 def _made(name: str, positional: list[Any], named: dict[str, Any]) -> Mask:

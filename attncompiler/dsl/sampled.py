@@ -28,7 +28,8 @@ def sampled(seed: int | Tensor, probability: Sequence[float] | Tensor, block: in
         raise OptionError(f"sampled takes blocks of 1 token or more, not {block}")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise OptionError(f"the seed is {seed.dtype} {list(seed.shape)}", do="give an integer, or an int64 tensor with one element")
-    chances[0] = 1.0
+    beyond = chances[1:] if len(chances) > 1 else chances  # the last number holds from its distance on
+    chances = torch.cat([torch.ones(1), beyond])
     last = len(chances) - 1
 
     def kept(p: Positions) -> Any:

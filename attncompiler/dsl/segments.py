@@ -163,7 +163,7 @@ class _Segments(Mask):
 
     def __str__(self) -> str:
         rules = ", ".join(f"{pair}: {rule}" for pair, rule in self.rules.items())
-        keys = f", keys={dict(self.keys)}" if dict(self.keys) != dict(self.queries) else ""
+        keys = f", keys={dict(self.keys)}" if list(self.keys.items()) != list(self.queries.items()) else ""
         return f"segments({dict(self.queries)}, {{{rules}}}{keys}{'' if self.otherwise else ', otherwise=False'})"
 
 

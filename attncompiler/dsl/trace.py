@@ -55,4 +55,5 @@ def traced(
     try:
         return ModReader(reader, module, values).result(), captured
     except Unrecognised as error:
-        raise InvalidProgram(f"{name} is no expression of positions: {error.what}", where=error.where, why=error.why) from error
+        what = f"{name} is no expression of positions: {error.what}"
+        raise InvalidProgram(what, where=error.where, why=error.why, do=error.do) from error

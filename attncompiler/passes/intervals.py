@@ -142,12 +142,13 @@ def _in_runs(table: Tensor, places: Sequence[Interval], ranged: int) -> Interval
     """The smallest and largest of the run of entries that each tile reads, from those of runs of 1, 2, 4, ... entries."""
     low, high = _without_nan(table, table)
     length = places[ranged].hi - places[ranged].lo + 1
-    powers = torch.tensor([1 << i for i in range(table.shape[ranged].bit_length())], device=table.device)
+    count = table.shape[ranged].bit_length()
+    powers = 1 << torch.arange(count, device=table.device)
     level = torch.bucketize(length, powers, right=True) - 1
     found = []
     for values, smaller in ((low, torch.minimum), (high, torch.maximum)):
         levels = [values]
-        for power in powers.tolist()[:-1]:
+        for power in (1 << i for i in range(count - 1)):
             known = levels[-1]
             beyond = known.narrow(ranged, -1, 1).expand_as(known.narrow(ranged, 0, power))  # never looked at
             levels.append(smaller(known, torch.cat([known.narrow(ranged, power, known.shape[ranged] - power), beyond], ranged)))

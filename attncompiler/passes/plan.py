@@ -471,15 +471,20 @@ def _on_the_diagonal(predicate: Expr, decls: Mapping[str, TensorDecl]) -> Expr:
     return transform(substitute(predicate, {KV_IDX: Q_IDX}), visit)
 
 
+_LONGEST_TILE = 256  # keys of a kernel's tile, at most
+
+
 @functools.lru_cache(maxsize=512)
 def keeps_only_keys(predicate: Expr, m: Expr, n: Expr) -> bool:
     """True where a query in [0, m) keeps no position from n on, as under a causal mask of a square: the end needs no test."""
     if not (isinstance(m, Const) and isinstance(n, Const) and min(int(m.value), int(n.value)) > 0):
         return False
     rows, keys = int(m.value), int(n.value)
-    block = whole({}, {}, {"b": 1, "h": 1, "q_idx": rows, "kv_idx": 2 * keys}, torch.float64, torch.device("cpu"))
+    further = torch.arange(1, 1 + max(1, math.ceil(_LONGEST_TILE / keys)))  # the last tile may reach over the end by its own length
+    extents = {"b": 1, "h": 1, "q_idx": rows, "kv_idx": keys * (1 + len(further))}
+    block = whole({}, {}, extents, torch.float64, torch.device("cpu"))
     fixed = [part for part in conjuncts(predicate) if not any(isinstance(node, Read | Size) for node in walk(part))]
-    beyond = Tiles(block, rows, keys, torch.tensor([0]), torch.tensor([1]))
+    beyond = Tiles(block, rows, keys, torch.zeros_like(further), further)
     return any(not bool(beyond(part).hi.any()) for part in fixed if axes_of(part) <= {"q_idx", "kv_idx"})
 
 

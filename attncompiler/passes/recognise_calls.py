@@ -124,6 +124,13 @@ class ModReader(Reader):
             return Read(value.name, index)
         return value if value is not None else super()._look_through(node, index)
 
+    def element(self, node: Node, index: Index) -> Expr:
+        key = (node, index)
+        if key not in self.memo:
+            found = self._look_through(node, index)  # a reason passes on: what it stands in has no expression either
+            self.memo[key] = self.leaf(node, index) if found is None else found
+        return self.memo[key]
+
     def leaf(self, node: Node, index: Index) -> Read:
         raise Unrecognised(f"the mod uses {node.target}, which has no expression", where=source_line(node))
 

@@ -125,11 +125,23 @@ def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_
         (["window(x)"], "must be literals"),
         (["window(left=1, middle=2)"], "window: "),
         (["grid((4, 4), 3)"], "is for 16 tokens, not 64 queries"),
+        (["segments({'text': 4}, {('text', 'image'): causal})"], "segments has no pair ('text', 'image')"),
+        (["segments({'text': 4}, window(3))"], "segments: "),
+        (["causal", "--head", "1", "--picture"], "--head 1: the shape has 1 heads"),
     ],
 )
 def test_plan_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments, "--shape", "1,1,64,64"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_plan_of_segments_and_of_one_head(capsys: pytest.CaptureFixture[str]) -> None:
+    image = "segments({'text': 64, 'image': 64}, {('image', 'image'): disc((8, 8), 2), ('text', 'more'): False}, keys={'text': 64, "
+    assert main(["plan", image + "'image': 64, 'more': 8})", "--shape", "1,1,128,136,64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_pairs"] == 64 * 128 + 64 * (64 + 8) + 64 + 4 * 8 * 7 + 4 * 7 * 7
+    heads = ["plan", "per_head([causal, sampled(1, [1, 0])])", "--shape", "1,2,256,64", "--picture"]
+    assert main(heads) == 0 and "head 0  head 1\n▒·      █·" in capsys.readouterr().out.replace("  \n", "\n")
+    assert main([*heads, "--head", "1"]) == 0 and "head 0" not in capsys.readouterr().out
 
 
 def test_a_mask_that_keeps_nothing_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
