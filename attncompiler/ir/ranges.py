@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from attncompiler.ir.expr import FALSE, TRUE, ZERO, Apply, Axis, Const, Expr, apply, surely_int, transform
+from attncompiler.ir.expr import FALSE, TRUE, ZERO, Apply, Axis, Const, Expr, Uniform, apply, surely_int, transform
 
 
 def range_of(expr: Expr, extents: Mapping[Axis, int]) -> tuple[float, float]:
@@ -55,6 +55,8 @@ def within(expr: Expr, extents: Mapping[Axis, int]) -> Expr:
     """`expr` without what axes of these sizes leave nothing to do for: q_idx % 64 and q_idx < 64 among 64 queries, say."""
 
     def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Uniform):
+            return node  # its cells vary with queries and keys, be there one of either
         if not isinstance(node, Apply) or node.op not in (*_ALWAYS, "floordiv", "mod", "minimum", "maximum"):
             return None
         left, right = (transform(arg, visit) for arg in node.args)

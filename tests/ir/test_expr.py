@@ -15,6 +15,8 @@ from attncompiler.ir.expr import (
     Axis,
     Const,
     Expr,
+    Read,
+    Uniform,
     apply,
     conj,
     conjuncts,
@@ -96,6 +98,8 @@ def test_within_sizes_idle_arithmetic_is_gone() -> None:
     assert within(apply("minimum", row, Const(5)), {}) == row
     assert within(apply("maximum", column, Const(1)), {Q_IDX: 48}) == apply("maximum", column, Const(1))
     assert within(apply("floordiv", Q_IDX, Const(8)), {Q_IDX: 8}) == Const(0)
+    drawn = Uniform(Read("seed", (Const(0),)), (apply("floordiv", Q_IDX, Const(8)), apply("floordiv", KV_IDX, Const(8))))
+    assert within(drawn, {Q_IDX: 8, KV_IDX: 8}) == drawn
 
 
 def test_an_axis_alone() -> None:
