@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        print(tabulate([(name.replace("_", " "), _text(value)) for name, value in found.items()], tablefmt="plain"))
+        print(tabulate([(name.replace("_", " "), number_text(value)) for name, value in found.items()], tablefmt="plain"))
         if arguments.picture:
             print("\n" + picture(plan, head=head))
         if light.visited_tiles == 0:
@@ -110,7 +110,8 @@ def _numbers(text: str, option: str, counts: tuple[int, ...], form: str) -> tupl
     return found
 
 
-def _text(value: object) -> str:
+def number_text(value: object) -> str:
+    """A number for people; "-" for None."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)

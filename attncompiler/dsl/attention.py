@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ class Declared:
     captured: tuple[Tensor, ...]
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
+    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
+    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,

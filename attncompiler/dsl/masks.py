@@ -38,7 +38,7 @@ from attncompiler.ir.expr import (
     transform,
 )
 from attncompiler.ir.program import TensorDecl, kind_of
-from attncompiler.ir.ranges import range_of
+from attncompiler.ir.ranges import range_of, within
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
 from attncompiler.passes.site import DTYPES
@@ -188,7 +188,7 @@ class _Rule(Mask):
         return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        return settled(self.kept(terms(self.captured)).expr, KV_IDX), dict(self.captured)
+        return settled(within(self.kept(terms(self.captured)).expr, extents), KV_IDX), dict(self.captured)
 
     @property
     def reads_tensors(self) -> bool:
@@ -273,7 +273,7 @@ class _Traced(Mask):
         decls = {name: TensorDecl(name, DTYPES[tensor.dtype], ()) for name, tensor in captured.items()}
         if kind_of(expr, decls) is not Kind.BOOL:
             raise InvalidProgram(f"{self} gives numbers, not True or False", do="compare: a mask says which keys are kept")
-        return settled(expr, KV_IDX), captured
+        return settled(within(expr, extents), KV_IDX), captured
 
     def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.function(b, h, q_idx, kv_idx)

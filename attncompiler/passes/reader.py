@@ -106,6 +106,8 @@ class Reader:
         ):
             return False
         varies = axes_of(expr)
+        if dtype_of(node) is torch.bool and not any({"q_idx", "kv_idx"} & axes_of(n) for n in nodes if isinstance(n, Read)):
+            return False  # keys before a length: a run of keys, that plans and kernels take by its end
         return not {"q_idx", "kv_idx"} <= varies or len(nodes) > INLINE_LIMIT
 
     def _look_through(self, node: Node, index: Index) -> Expr | None:

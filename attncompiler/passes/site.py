@@ -12,12 +12,15 @@ from torch.fx import Graph, Node
 
 from attncompiler.errors import AttnCompilerError, Unrecognised
 from attncompiler.ir.expr import (
+    AXES,
     KV_IDX,
     ONE,
     OPERATORS,
+    TRUE,
     Apply,
     Axis,
     B,
+    Const,
     Expr,
     H,
     Read,
@@ -32,6 +35,7 @@ from attncompiler.ir.expr import (
     transform,
 )
 from attncompiler.ir.program import Attention, Dtype, Keep, TensorDecl, each_clause
+from attncompiler.ir.ranges import within
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.ir.verify import verify
 from attncompiler.passes.constant_masks import Recovery, View, lift_constants
@@ -213,7 +217,10 @@ def _recover(reader: Reader, names: Mapping[str, str], program: Attention) -> tu
 
 def _settle(program: Attention) -> Attention:
     """The one form of a mask: what is declared has it too."""
-    return replace(program, keep=Keep(settled(program.keep.predicate, KV_IDX), program.keep.empty))
+    sizes = {axis: program.axes.size(axis) for axis in AXES}
+    known = {axis: int(size.value) for axis, size in sizes.items() if isinstance(size, Const)}
+    predicate = settled(within(program.keep.predicate, known), KV_IDX)
+    return replace(program, keep=Keep() if predicate == TRUE else Keep(predicate, program.keep.empty))
 
 
 def _prune(program: Attention) -> Attention:

@@ -149,3 +149,49 @@ def test_a_mask_that_keeps_nothing_is_said_to(capsys: pytest.CaptureFixture[str]
     assert "keeps no key for any query" in capsys.readouterr().out
     assert main(["plan", "causal & ~causal", "--shape", "1,1,64,64", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["bound_tiles"] is None
+
+
+def test_zoo_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "list"]) == 0
+    assert "Radial attention, video" in capsys.readouterr().out
+    assert main(["zoo", "list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["rat"]["file"] == "attncompiler/zoo/rat.py" and "2025" in rows["gna-2d"]["source"]
+
+
+def test_zoo_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "attention-sinks"]) == 0
+    text = capsys.readouterr().out
+    for part in ("back = i[:, None] - i", "masks.sink(sinks)", "(kv_idx >= q_idx - 1019) | (kv_idx < 4)", "the same program",
+                 "causal() & (window(1019, 0) | sink(4))", "\u2592", "bound tiles"):  # fmt: skip
+        assert part in text
+
+
+def test_zoo_show_with_helpers_and_without_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "halonet", "--size", "small", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "def windows(" in found["plain"] and "def windows(" in found["declared"] and "def halonet_masked" not in found["plain"]
+    assert found["likeness"] == "through_views" and found["mask"] == "" and not found["missed"]
+    assert found["plans"][0]["kept_pairs"] == 2 * 2 * 9 * 16 * 36 and "weigh   softmax" in found["recognised"][0]
+
+
+def test_zoo_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "run", "sliding-window", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["judged"] and [row["form"] for row in found["forms"]] == ["plain, eager", "plain, compiled", "declared"]
+    assert [row["tiles"] for row in found["forms"]] == [64, 28, 28] and found["dense_tiles"] == 64
+    assert all(row["agrees"] and row["forward_ms"] > 0 and row["error"] < 1e-5 for row in found["forms"])
+
+
+def test_zoo_says_where_float64_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attncompiler.cli.zoo.free_bytes", lambda device: 1)
+    assert main(["zoo", "run", "davit-channel", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "Not compared with float64" in text and "plain, eager" not in text and text.count("not judged") == 2
+
+
+def test_zoo_names_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "bat"]) == 2
+    assert "the zoo has no 'bat'" in capsys.readouterr().err
+    assert main(["zoo", "run", "rat", "--device", "abacus"]) == 1
+    assert "there is no device 'abacus'" in capsys.readouterr().err

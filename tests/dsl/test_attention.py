@@ -60,6 +60,14 @@ def test_masks(mask: Mask) -> None:
     agree(attncompiler.attention(q, k, v, keep=mask, enable_gqa=True), reference(q, k, v, mask.dense(2, 4, 24, 24)), (q, k, v))
 
 
+def test_heads_of_a_group_with_plans_of_their_own() -> None:
+    """Enough tokens for several tiles: each head then comes by itself, while keys are shared."""
+    q, k, v = operands(b=1, m=300, n=300, d=8, dv=8)
+    mask = masks.strided(16, 2, 4, 4)
+    ours = attncompiler.attention(q, k, v, keep=mask, enable_gqa=True)
+    agree(ours, reference(q, k, v, mask.dense(1, 4, 300, 300)), (q, k, v))
+
+
 def test_scores_with_captured_tensors() -> None:
     q, k, v = operands(hk=4)
     table = torch.randn(4, 47, dtype=torch.float64, requires_grad=True)
