@@ -21,11 +21,13 @@ from attncompiler.ir.expr import (
     Expr,
     Read,
     axes_of,
+    conj,
     dots_of,
     reads_of,
     with_axis_alone,
 )
 from attncompiler.ir.program import Attention, Dtype, Empty
+from attncompiler.passes.grid import grid_rule
 from attncompiler.passes.plan import keeps_only_keys, score_where_kept
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
@@ -203,13 +205,26 @@ class Emission:
         keep, axes = self.program.keep, self.program.axes
         tests = [f"({names.axis('kv_idx')} < N)"]
         tiles = self.kernel_schedule(kernel).tiles
+        if tiles:
+            return self._grid_mask_lines(names, kernel)
         if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
-            if tiles:
-                ends = tiles.excluded or kernel == "attention_backward_keys"  # there keys stay: what sticks out is not stored
-            else:
-                ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
+            ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
             tests = [triton(with_axis_alone(keep.predicate, KV_IDX), names), *([] if ends else tests)]
         return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))'
+
+    def _grid_mask_lines(self, names: Names, kernel: str) -> str:
+        """The same in a grid: a window along each axis, then what else the predicate demands. Windows lie within the grid."""
+        predicate = self.program.keep.predicate
+        stays, moves = sorted(self.positions(kernel), key=lambda positions: positions.moves)
+        rule = grid_rule(predicate, math.prod(axis.length for axis in stays.tiles.axes))
+        assert rule is not None
+        tests = stays.window_tests(moves, names.along) if self.program.keep.empty is not Empty.SCORE else []
+        others = conj(rule.across, rule.rest) if self.program.keep.empty is not Empty.SCORE else TRUE
+        tests += [triton(with_axis_alone(others, KV_IDX), names)] if others != TRUE else []
+        keys_may_stick_out = moves.axis == KV_IDX and not moves.tiles.inside
+        if keys_may_stick_out and not (tests and all(axis.has_window for axis in moves.tiles.axes)):
+            tests.append(f"({names.axis('kv_idx')} < N)")
+        return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))' if tests else ""
 
     def element_reads(self, extra: bool) -> list[Read]:
         """Single elements that scores, predicate and factors read; those of extra scores too if `extra`."""
@@ -354,7 +369,7 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
             parameters.append(f"Grad_{vector.name}")
             parameters += [f"stride_grad_{vector.name}_{a}" for a in ("b", "h", "row", "channel")]
         parameters += [f"Grad_{tag}" for tag in tags]
-    parameters += ["Origins"] if e.kernel_schedule(f"backward_{kernel}" if kernel != "forward" else kernel).tiles else []
+    parameters += ["Origins", "Windows"] if e.kernel_schedule(f"backward_{kernel}" if kernel != "forward" else kernel).tiles else []
     for name in ("Full", "Partial"):
         parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
     parameters += ["NextRow"] if kernel == "forward" and e.takes_tickets else []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from attncompiler.ir.expr import Axis, Expr
-from attncompiler.passes.grid import NAMES, GridTiles, coordinates
+from attncompiler.passes.grid import NAMES, GridAxis, GridTiles, coordinate, coordinates
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class TilePositions:
             total = f"({total}) * {axis.length} + {stem}_{letter}" if total else f"{stem}_{letter}"
         found.append(f"{self.axis.name} = {total}")
         tests = self._inside_tests()
+        if not self.moves:
+            found += self.window_loads.splitlines()
         if tests:
             inside = " & ".join(tests)
             found.append(f"{self.axis.name} = tl.where({inside}, {self.axis.name}, {end})  # in the grid, or past the end")
@@ -91,9 +93,39 @@ class TilePositions:
         lengths = tuple(axis.length for axis in self.tiles.axes)
         return {
             spelling: (f"{self._stem}_{letter}", self.axis.name)
-            for letter, spellings in zip(self._letters, coordinates(self.axis, lengths), strict=True)
-            for spelling in spellings
+            for place, (letter, spellings) in enumerate(zip(self._letters, coordinates(self.axis, lengths), strict=True))
+            for spelling in (*spellings, coordinate(self.axis, place))
         }
+
+    @property
+    def _windows(self) -> list[tuple[str, GridAxis, int]]:
+        """Of the axes with windows: letter, axis, and where its windows begin in the table."""
+        found, begin = [], 0
+        for letter, axis in zip(self._letters, self.tiles.axes, strict=True):
+            if axis.has_window:
+                found.append((letter, axis, begin))
+                begin += axis.length
+        return found
+
+    @property
+    def window_loads(self) -> str:
+        """What loads the windows of the tile that stays."""
+        lines = []
+        for letter, axis, begin in self._windows:
+            name = f"{self._stem}_{letter}"
+            whole = axis.length % (axis.dilation * axis.rows) == 0
+            guard = "" if whole else f", mask={name} < {axis.length}, other=0"
+            at = f"Windows + ({name}{f' + {begin}' if begin else ''}) * 2"
+            lines += [f"{name}_first = tl.load({at}{guard})", f"{name}_last = tl.load({at} + 1{guard})"]
+        return "\n".join(lines)
+
+    def window_tests(self, moving: TilePositions, along: Callable[[str], str]) -> list[str]:
+        """Whether a token of the side that moves lies in the windows of one that stays. `along` lays a vector across a tile."""
+        tests = []
+        for letter, _, _ in self._windows:
+            mine, theirs = f"{self._stem}_{letter}", f"{moving._stem}_{letter}{along(moving.axis.name)}"
+            tests += [f"({theirs} {op} {mine}_{end}{along(self.axis.name)})" for op, end in ((">=", "first"), ("<", "last"))]
+        return tests
 
     @property
     def origins(self) -> str:

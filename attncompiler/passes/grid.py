@@ -25,6 +25,7 @@ from attncompiler.ir.expr import (
     Axis,
     Const,
     Expr,
+    Size,
     add,
     conj,
     conjuncts,
@@ -32,6 +33,7 @@ from attncompiler.ir.expr import (
     mul,
     reads_of,
     substitute,
+    transform,
     walk,
 )
 from attncompiler.passes.intervals import Interval, bounds
@@ -39,6 +41,7 @@ from attncompiler.passes.spans import spans
 
 NAMES = "tyx"  # of the axes, the last one being that of neighbouring tokens
 _MOST_AXES = 3
+_MOST_DIVISORS = 8  # of positions, that are tried as steps of a grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class GridAxis:
     rows: int  # positions of a tile of the side that stays, along this axis: a power of two
     columns: int  # of a tile of the other side
     reach: int  # how many of these a row can meet along this axis
+    has_window: bool  # each position of the side that stays meets one run of the other's, [first, last) of the plan's windows
 
     @property
     def places(self) -> int:
@@ -63,13 +67,11 @@ class GridAxis:
 
 @dataclass(frozen=True, slots=True)
 class GridTiles:
-    """Tiles as boxes of a grid. Without axes: tiles are runs of tokens.
-
-    `inside`: no tile of the side that moves sticks out of the grid; `excluded`: what sticks out, the predicate keeps nothing of."""
+    """Tiles as boxes of a grid. Without axes: tiles are runs of tokens. `inside`: no tile of the side that moves sticks out of the
+    grid."""
 
     axes: tuple[GridAxis, ...] = ()
     inside: bool = True
-    excluded: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.axes)
@@ -136,26 +138,28 @@ def grid_rule(predicate: Expr, tokens: int) -> GridRule | None:
     """The grid that a predicate over `tokens` queries and as many keys speaks of; None where it speaks of tokens in a row."""
     parts = conjuncts(predicate)
     found = [rule for lengths in _candidates(parts, tokens) if (rule := _split(parts, lengths)) is not None]
-    return max(found, key=lambda rule: -len(conjuncts(rule.rest)), default=None)
+    return min(found, key=lambda r: (len(conjuncts(r.rest)), len(conjuncts(r.across)), -len(r.lengths)), default=None)
 
 
 def _candidates(parts: tuple[Expr, ...], tokens: int) -> Iterator[tuple[int, ...]]:
     """Lengths of grids that the divisions of positions suggest; the row of tokens itself, for classes of residues."""
-    divisors, products = {1}, set()
+    found: set[int] = set()
     for node in (node for part in parts for node in walk(part)):
         if not (isinstance(node, Apply) and node.op in ("floordiv", "mod") and isinstance(node.args[1], Const)):
             continue
         inner, size = node.args[0], int(node.args[1].value)
         if inner in (Q_IDX, KV_IDX):
-            divisors.add(size)
+            found.add(size)
         elif isinstance(inner, Apply) and inner.op == "floordiv" and inner.args[0] in (Q_IDX, KV_IDX) and node.op == "mod":
             assert isinstance(inner.args[1], Const)
-            products.add(size * int(inner.args[1].value))
+            found |= {int(inner.args[1].value), size * int(inner.args[1].value)}
     yield (tokens,)
-    for chosen in (divisors, divisors | products):
-        steps = [*sorted(step for step in chosen if 0 < step < tokens), tokens]
-        if 3 <= len(steps) <= _MOST_AXES + 1 and all(larger % step == 0 for step, larger in itertools.pairwise(steps)):
-            yield tuple(larger // step for step, larger in itertools.pairwise(steps))[::-1]
+    steps_within = sorted(step for step in found if 1 < step < tokens)[:_MOST_DIVISORS]
+    for count in range(1, _MOST_AXES):
+        for chosen in itertools.combinations(steps_within, count):
+            steps = [1, *chosen, tokens]
+            if all(larger % step == 0 for step, larger in itertools.pairwise(steps)):
+                yield tuple(larger // step for step, larger in itertools.pairwise(steps))[::-1]
 
 
 def _split(parts: tuple[Expr, ...], lengths: tuple[int, ...]) -> GridRule | None:
@@ -170,10 +174,10 @@ def _split(parts: tuple[Expr, ...], lengths: tuple[int, ...]) -> GridRule | None
     along: list[list[Expr]] = [[] for _ in lengths]
     across, rest = [], []
     for part in parts:
-        named = substitute(part, names)
+        named = transform(part, lambda node: names.get(node) or _of_outermost(node, lengths))
         used = [owners[node] for node in walk(named) if node in owners]
         places = {place for _, place in used}
-        if reads_of(part) or not places or any(isinstance(node, Axis) and node not in owners for node in walk(named)):
+        if reads_of(part) or not places or any(isinstance(node, Axis | Size) and node not in owners for node in walk(named)):
             rest.append(part)
         elif len(places) == 1:
             along[places.pop()].append(substitute(named, {name: axis for name, (axis, _) in owners.items()}))
@@ -184,6 +188,16 @@ def _split(parts: tuple[Expr, ...], lengths: tuple[int, ...]) -> GridRule | None
     if len(lengths) == 1:
         return rule if _residues(rule.along[0])[0] > 1 else None
     return rule if spoken > 1 or rule.across != TRUE else None
+
+
+def _of_outermost(node: Expr, lengths: tuple[int, ...]) -> Expr | None:
+    """q_idx // 256 in a grid whose rows are 128 long is y // 2."""
+    inner = math.prod(lengths[1:])
+    if isinstance(node, Apply) and node.op == "floordiv" and node.args[0] in (Q_IDX, KV_IDX) and isinstance(node.args[1], Const):
+        axis, divisor = node.args[0], int(node.args[1].value)
+        if isinstance(axis, Axis) and divisor > inner and divisor % inner == 0:
+            return floordiv(coordinate(axis, 0), Const(divisor // inner))
+    return None
 
 
 def _residues(demand: Expr) -> tuple[int, Expr]:
@@ -208,11 +222,10 @@ class _Windows:
 
 
 @functools.lru_cache(maxsize=512)
-def _windows(demand: Expr, length: int, by_keys: bool) -> tuple[int, tuple[_Windows, ...], bool] | None:
-    """(dilation, the windows of each residue class, whether all else is excluded); None where a place meets more than one run."""
+def _windows(demand: Expr, length: int, by_keys: bool) -> tuple[int, tuple[_Windows, ...]] | None:
+    """(dilation, the windows of each residue class); None where a place meets more than one run."""
     dilation, demand = _residues(demand)
     found = []
-    excluded = True
     row, column = (KV_IDX, Q_IDX) if by_keys else (Q_IDX, KV_IDX)
     for residue in range(min(dilation, length)):
         places = -(-(length - residue) // dilation)
@@ -224,18 +237,7 @@ def _windows(demand: Expr, length: int, by_keys: bool) -> tuple[int, tuple[_Wind
             return None
         begin, end = (x.expand(1, 1, places).reshape(-1) for x in (runs[0].begin, runs[0].end))
         found.append(_Windows(begin, end))
-        excluded = excluded and _excludes_outside(within, places, row, column)
-    return dilation, tuple(found), excluded
-
-
-def _excludes_outside(demand: Expr, places: int, row: Axis, column: Axis) -> bool:
-    """True where no place of the grid meets one within a grid's length of it on either side."""
-    for shift in (-places, places):
-        block = whole({}, {}, {"b": 1, "h": 1, "q_idx": places, "kv_idx": places}, torch.float64, torch.device("cpu"))
-        runs = spans(substitute(demand, {column: add(column, Const(shift))}), block, row, column)
-        if runs is None or any(bool((run.end > run.begin).any()) for run in runs):
-            return False
-    return True
+    return dilation, tuple(found)
 
 
 @functools.lru_cache(maxsize=512)
@@ -300,7 +302,7 @@ def _boxes(rule: GridRule, place: int, rows: int, by_keys: bool) -> _Boxes | Non
     found = _windows(rule.along[place], length, by_keys)
     if found is None or (found[0] > 1 and rule.across != TRUE):
         return None
-    dilation, classes, _ = found
+    dilation, classes = found
     if rule.across != TRUE:
         shadow = _shadow(rule.across, rule.lengths, place, by_keys)
         (own,) = classes
@@ -370,17 +372,16 @@ def _ceil(a: int, b: int) -> int:
 
 def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_keys: bool) -> GridTiles:
     axes = []
-    inside, excluded = True, rule.across == TRUE
+    inside = True
     for place, (length, r, c) in enumerate(zip(rule.lengths, rows, columns, strict=True)):
-        boxes, windows = _boxes(rule, place, r, by_keys), _windows(rule.along[place], length, by_keys)
-        assert boxes is not None and windows is not None
+        boxes = _boxes(rule, place, r, by_keys)
+        assert boxes is not None
         origin, count, _, _ = boxes.cut(c)
-        axes.append(GridAxis(length, boxes.dilation, r, c, max(int(count.max()), 1)))
+        axes.append(GridAxis(length, boxes.dilation, r, c, max(int(count.max()), 1), rule.along[place] != TRUE))
         met = count > 0
         last = origin + (count * c - 1) * boxes.dilation
         inside = inside and bool((origin[met] >= 0).all()) and bool((last[met] < length).all())
-        excluded = excluded and windows[2]
-    return GridTiles(tuple(axes), inside, inside or excluded)
+    return GridTiles(tuple(axes), inside)
 
 
 def _shapes(size: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -438,6 +439,24 @@ def _looked_at(across: Expr, tiles: GridTiles, coverage: Tensor, origins: Tensor
     kind = found.hi.to(torch.int8) + (found.lo & ~sticks_out).to(torch.int8)
     coverage[rows, steps] = torch.minimum(coverage[rows, steps], kind)
     return coverage
+
+
+def windows_of(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool) -> Tensor:
+    """For each axis with windows, one after the other: tokens [first, last) along it that each position meets, int32 [lengths, 2].
+    With a dilation, those among them of the same residue class."""
+    rule = grid_rule(predicate, tokens)
+    assert rule is not None
+    found = [torch.zeros(0, 2, dtype=torch.int64)]
+    for demand, axis in zip(rule.along, tiles.axes, strict=True):
+        windows = _windows(demand, axis.length, by_keys)
+        assert windows is not None
+        if axis.has_window:
+            along = torch.zeros(axis.length, 2, dtype=torch.int64)
+            for residue, runs in enumerate(windows[1]):
+                tokens_of = torch.stack([runs.begin, (runs.end - 1)], 1) * axis.dilation + residue
+                along[residue :: axis.dilation] = torch.where(runs.end > runs.begin, tokens_of.T + torch.tensor([[0], [1]]), 0).T
+            found.append(along)
+    return torch.cat(found).to(torch.int32)
 
 
 def rows_keep_some(predicate: Expr, tokens: int) -> bool:

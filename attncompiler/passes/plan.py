@@ -211,17 +211,15 @@ def tiles_for(program: Attention, sizes: Mapping[str, int], block_q: int, block_
     tokens, keep = extents["q_idx"], program.keep
     if tokens != extents["kv_idx"] or tokens == 0:
         return ROWS
-    predicate = _with_sizes(keep.predicate, program, sizes)
-    if keep.empty is Empty.SCORE and not rows_keep_some(predicate, tokens):
+    if keep.empty is Empty.SCORE and not rows_keep_some(keep.predicate, tokens):
         return ROWS
     rows, columns = (block_kv, block_q) if by_keys else (block_q, block_kv)
-    return choose_tiles(predicate, tokens, rows, columns, by_keys)
+    return choose_tiles(keep.predicate, tokens, rows, columns, by_keys)
 
 
 def build_boxes(program: Attention, sizes: Mapping[str, int], tiles: GridTiles, by_keys: bool, device: torch.device) -> TilePlan:
     """The plan of a program in boxes that `tiles_for` chose, on `device`. Nothing of it depends on tensors."""
-    predicate = _with_sizes(program.keep.predicate, program, sizes)
-    plan = plan_boxes(predicate, extents_of(program, sizes)["q_idx"], tiles, by_keys)
+    plan = plan_boxes(program.keep.predicate, extents_of(program, sizes)["q_idx"], tiles, by_keys)
     return plan if device.type == "cpu" else plan.to(device)
 
 

@@ -13,6 +13,7 @@ from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
 from attncompiler.ir.expr import AXES, axes_of, conj, conjuncts, reads_of
 from attncompiler.ir.program import Attention, Empty, Keep
+from attncompiler.passes.grid import windows_of
 from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan
 from attncompiler.runtime.launch import Constants, Launch
 from attncompiler.tuning.schedule import KernelSchedule
@@ -44,10 +45,14 @@ class Planner:
             order = _order(plan)
             full, partial, origins = plan.rows_in(order)
             self._tables = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order}
-            self._tables |= {"Origins": origins} if self._schedule.tiles else {}
+            self._tables |= {"Origins": origins, "Windows": self._windows()} if self._schedule.tiles else {}
         if self.is_static:
             return self._tables
         return {**self._tables, "NextRow": torch.zeros(1, dtype=torch.int32, device=self._device)}
+
+    def _windows(self) -> Tensor:
+        predicate, tokens = self._program.keep.predicate, self._extents["q_idx"]
+        return windows_of(predicate, tokens, self._schedule.tiles, self._by_keys).to(self._device)
 
     def rows_alike(self, operands: Mapping[str, Tensor]) -> bool:
         """True where all rows visit about as many tiles: then a fixed share of the rows for each program is fair."""

@@ -13,12 +13,12 @@ from attncompiler.ir import Attention
 from attncompiler.masks import Mask
 from attncompiler.runtime import prepared, triton_launch
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
-from tests.programs import judge, operands
+from tests.programs import judge, judge_on
 
 SMALL = {
     "2-D, sides that tiles do not divide": (masks.grid((7, 13), 5), 91),
-    "stride and dilation": (masks.grid((9, 20), (3, 5), stride=(2, 3), dilation=(2, 3)), 180),
-    "3-D, causal along one axis": (masks.grid((3, 5, 9), (2, 3, 5), causal=(True, False, False)), 135),
+    "stride and dilation": (masks.grid((12, 20), (3, 5), stride=(2, 3), dilation=(2, 3)), 240),
+    "3-D, causal along one axis": (masks.grid((4, 6, 10), (2, 3, 3), causal=(True, False, False)), 240),
     "disc": (masks.disc((10, 18), 4), 180),
     "and tokens in a row": (masks.grid((9, 16), 5) & masks.causal(), 144),
 }
@@ -42,11 +42,14 @@ def _program(mask: Mask, tokens: int, d: int, dtype: torch.dtype) -> Attention:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", SMALL)
 def test_boxes(name: str) -> None:
-    program = _program(*SMALL[name], 16, torch.float32)
+    mask, tokens = SMALL[name]
+    q, k = (torch.randn(1, heads, tokens, 16) for heads in (2, 1))
+    program = declare(q, k, k, keep=mask, enable_gqa=True).program
     small = KernelSchedule(16, 16, 4, 1)
     with mock.patch.object(prepared, "choose_schedule", lambda *_, **__: Schedule(small, small, small, False, "ieee")):
-        assert prepared.prepare(program, operands(program), {}).schedule.forward.tiles, "tiles should be boxes"
-        judge(triton_launch, program)
+        made = {"q": q, "k": k, "v": k.flip(2)}
+        assert prepared.prepare(program, made, {}).schedule.forward.tiles, "tiles should be boxes"
+        judge_on(triton_launch, program, made)
 
 
 @pytest.mark.gpu
