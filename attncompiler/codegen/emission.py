@@ -12,7 +12,7 @@ from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import KV_IDX, TRUE, Apply, Const, Dot, Expr, Read, axes_of, dots_of, reads_of, with_axis_alone
 from attncompiler.ir.program import Attention, Dtype, Empty
 from attncompiler.passes.plan import keeps_only_keys, score_where_kept
-from attncompiler.tuning.schedule import KernelSchedule, Schedule
+from attncompiler.tuning.schedule import Schedule
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 512
@@ -58,7 +58,7 @@ class Emission:
         self.value = self.vectors[program.sum]
         self.group = shared_heads(program, layout.groups)
         self.helpers: set[str] = set()
-        self.precision = f', input_precision="{schedule.float32}"' if self._is(Dtype.F32) else ""
+        self.float32 = schedule.float32 if self._is(Dtype.F32) else ""  # "": no product needs more than the hardware's own way
         self.kept_score = score_where_kept(program)
 
     def _is(self, dtype: Dtype) -> bool:
@@ -84,11 +84,6 @@ class Emission:
         lines.append(f"{name} = tl.load({name}_rows + {name}_channels[None, :] * stride_{name}_channel{guard})")
         return "\n".join(lines)
 
-    def kernel_schedule(self, kernel: str) -> KernelSchedule:
-        """The schedule of a kernel by its name."""
-        chosen: KernelSchedule = getattr(self.schedule, kernel.removeprefix("attention_"))
-        return chosen
-
     def has_warp_roles(self, kernel: str) -> bool:
         return self.schedule.warp_roles and kernel == "attention_forward"
 
@@ -105,9 +100,9 @@ class Emission:
 
     def descriptor_block(self, kernel: str, name: str) -> tuple[int, int, int, int] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
-        if not self.schedule.descriptors or kernel == "attention_delta":
+        if not self.schedule.descriptors or not self.schedule.follows_plan(kernel):
             return None
-        schedule = self.kernel_schedule(kernel)
+        schedule = self.schedule.of(kernel)
         if self.has_warp_roles(kernel) and name in ("O", *(pointer_name(v.name) for v in self.lefts())):
             return (1, 1, schedule.block_m // 2, self.value.block)  # each of the two groups has its own rows
         lefts = {pointer_name(v.name) for v in self.lefts()}
@@ -132,8 +127,17 @@ class Emission:
             if len({self.program.decls[vector].dtype for vector in (left, right)}) > 1:
                 left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"  # a product takes two of a kind
             first, second = (right, left) if transposed else (left, right)
-            lines.append(f"{name} = tl.dot({first}, tl.trans({second}){self.precision})")
+            lines.append(f"{name} = {self.dot(first, f'tl.trans({second})')}")
         return "\n".join(lines)
+
+    def dot(self, left: str, right: str, onto: str = "") -> str:
+        """A product of two tiles, added `onto` an accumulator if there is one."""
+        if self.float32 == "parts":
+            self.helpers |= {"dot_in_parts"} | ({"add_apart"} if onto else set())
+            product = f"dot_in_parts({left}, {right})"
+            return f"add_apart({onto}, {product})" if onto else product
+        precision = f'input_precision="{self.float32}"' if self.float32 else ""
+        return f"tl.dot({', '.join(filter(None, [left, right, onto, precision]))})"
 
     # ----------------------------------------------------------------------------------------------------- scores
 
@@ -273,10 +277,10 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     """The signature of a kernel: only what it uses."""
     wanted = e.layout.wanted
     sizes = size_names(e.program, e.program.expressions)
-    if kernel == "delta":
-        out = ["O", "DO", "Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])
+    rows = ["Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])  # what a delta kernel reads and makes
+    if kernel == "delta" and not e.schedule.delta_over_keys:
         strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]
-        return [*out, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
+        return ["O", "DO", *rows, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
     vectors = list(e.vectors.values())
     parameters = [pointer_name(v.name) for v in vectors]
     if not e.schedule.descriptors:
@@ -288,13 +292,16 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     if kernel == "forward":
         parameters += ["O", "Lse", *(["Rcp"] if e.program.has_rcp else []), "stride_o_b", "stride_o_h", "stride_o_m"]
     else:
+        rcp = ["Rcp"] if e.program.has_rcp else []
         parameters += ["DO", *([] if e.schedule.descriptors else [f"stride_do_{a}" for a in "bhmd"])]
-        parameters += ["Reference", *(["Rcp"] if e.program.has_rcp else []), "Delta"]
+        parameters += [*rcp, *rows] if kernel == "delta" else ["Reference", *rcp, "Delta"]
         reads = element_gradients(e.program, wanted)
+        moved: list[Vector] = []
+        tags: list[str] = []
         if kernel == "queries":
             moved = [e.vectors[d.left] for d in e.dots if d.left.tensor in wanted]
             tags = [tag(e, r) for r in reads if side_of(r) != "kv"]
-        else:
+        elif kernel == "keys":
             moved = [e.vectors[d.right] for d in e.dots if d.right.tensor in wanted]
             moved += [e.value] if e.value.name in wanted else []
             tags = [tag(e, r) for r in reads if side_of(r) == "kv"]

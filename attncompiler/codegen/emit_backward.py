@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attncompiler.codegen.emission import (
     Emission,
     Vector,
@@ -31,40 +33,58 @@ def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> 
     return " + ".join(parts) if parts else "tl.zeros_like(ds)", 1.0
 
 
-def _ds_lines(e: Emission, names: Names, transposed: bool) -> list[str]:
-    row = "[None, :]" if transposed else "[:, None]"
+def _factor_lines(e: Emission, names: Names) -> tuple[list[str], str]:
+    """(lines that make the factor of `adjust`, d loss / d weight before it is normalised)."""
     if e.program.adjust == ONE:
-        return [f"ds = p * (dp - delta{row})"]
+        return [], "dp"
     before = len(names.lines)
     factor = triton(e.program.adjust, names)
     lines = names.lines[before:]
     del names.lines[before:]
-    return [*lines, f"factor = {factor}", f"ds = p * (dp * factor - delta{row})"]
+    return [*lines, f"factor = {factor}"], "dp * factor"
+
+
+def _ds_lines(e: Emission, names: Names, transposed: bool) -> list[str]:
+    lines, gradient = _factor_lines(e, names)
+    return [*lines, f"ds = p * ({gradient} - delta{'[None, :]' if transposed else '[:, None]'})"]
 
 
 def queries_source(e: Emission) -> str:
     wanted = e.layout.wanted
-    names = e.names(False, frozenset({"q_idx"}))
-    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
-    before = e.preload(names, frozenset({"b", "h", "q_idx"}))
     lefts = [dot for dot in e.dots if dot.left.tensor in wanted]
     rows = [r for r in element_gradients(e.program, wanted) if side_of(r) == "q"]
     accumulators = [f"d{e.vectors[d.left].name} = tl.zeros([BLOCK_M, {e.vectors[d.left].block}], tl.float32)" for d in lefts]
     accumulators += [f"d_{tag(e, r)} = tl.zeros([BLOCK_M], tl.float32)" for r in rows]
     factors: dict[str, float] = {}
-    loops = "\n".join(_queries_loop(e, names, masked, lefts, rows, factors) for masked in (False, True))
+    names, load_queries = _query_tile(e)
+    loops = _over_keys(e, names, lambda names, masked: _query_gradients(e, names, masked, lefts, rows, factors))
     store = [_store_vector(e, e.vectors[d.left], "q_idx", "M", factors) for d in dict.fromkeys(lefts)]
     store += [f"tl.store(Grad_{tag(e, r)} + rows, d_{tag(e, r)}, mask=q_idx < M)" for r in rows]
     return fill(
         softmax_backward.QUERIES,
+        kernel="attention_backward_queries",
         parameters=signature(parameters_of(e, "queries")),
-        load_queries="\n".join(filter(None, [queries, before])),
+        load_queries=load_queries,
         load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
+        load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         accumulators="\n".join(dict.fromkeys(accumulators)),
         loops=loops,
         store="\n".join(store),
-    ).replace("BLOCK_DV", str(e.value.block))  # fmt: skip
+    ).replace("BLOCK_DV", str(e.value.block))
+
+
+def _query_tile(e: Emission) -> tuple[Names, str]:
+    """The names of a kernel that has queries on rows, and the lines that load what does not change over its keys."""
+    names = e.names(False, frozenset({"q_idx"}))
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
+    before = e.preload(names, frozenset({"b", "h", "q_idx"}))
+    return names, "\n".join(filter(None, [queries, before]))
+
+
+def _over_keys(e: Emission, outer: Names, use: Callable[[Names, bool], list[str]]) -> str:
+    """The loops over full and over partial key tiles; `use(names, masked)` writes what is done with p and dp of a tile."""
+    return "\n".join(_queries_loop(e, outer, masked, use) for masked in (False, True))
 
 
 def _recomputed(e: Emission, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
@@ -78,8 +98,10 @@ def _recomputed(e: Emission, outer: Names, masked: bool) -> tuple[Names, str, st
     return names, score, scale, mask, loads
 
 
-def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
-    names, score, scale, mask, loads = _recomputed(e, outer, masked)
+def _query_gradients(
+    e: Emission, names: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]
+) -> list[str]:
+    """What a tile of keys adds to the gradients of the query side. `factors` receives what is left to scale each vector's by."""
     lines = _ds_lines(e, names, False)
     for dot in lefts:
         text, factor = _gradient_text(e, names, dot, masked)
@@ -87,7 +109,7 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
         if sum(other.left == dot.left for other in e.dots) > 1:  # each product has a factor of its own
             text, factor = _scaled(text, factor), 1.0
         factors[left] = factor
-        lines.append(f"d{left} = tl.dot(({text}).to({right}.dtype), {right}, d{left}{e.precision})")
+        lines.append(f"d{left} = {e.dot(f'({text}).to({right}.dtype)', right, f'd{left}')}")
     for read in rows:
         text, factor = _gradient_text(e, names, read, masked)
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
@@ -98,7 +120,12 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
             lines.append(
                 f"tl.store(Grad_{tag(e, read)} + at, {_scaled(text, factor)}, mask=(q_idx[:, None] < M) & (kv_idx[None, :] < N))"
             )
-    lines = [*names.lines, *lines]
+    return lines
+
+
+def _queries_loop(e: Emission, outer: Names, masked: bool, use: Callable[[Names, bool], list[str]]) -> str:
+    names, score, scale, mask, loads = _recomputed(e, outer, masked)
+    lines = use(names, masked)
     tile = fill(
         softmax_backward.QUERIES_TILE,
         load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
@@ -108,9 +135,9 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
         apply_mask=mask,
         rcp=" * rcp[:, None]" if e.program.has_rcp else "",
         load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
-        gradients="\n".join(lines),
-        precision=e.precision,
-    ).replace("tl.trans(v)", f"tl.trans({e.value.name})")
+        grad_weights=e.dot("do", f"tl.trans({e.value.name})"),
+        gradients="\n".join([*names.lines, *lines]),
+    )
     name = "Partial" if masked else "Full"
     return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
 
@@ -153,8 +180,8 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     lines = []
     if value in e.layout.wanted:
         weights = "p" if e.program.adjust == ONE else "(p * factor)"
-        lines.append(f"d{value} = tl.dot({weights}.to(do.dtype), do, d{value}{e.precision})")
-    lines.append(f"dp = tl.dot({value}, tl.trans(do){e.precision})")
+        lines.append(f"d{value} = {e.dot(f'{weights}.to(do.dtype)', 'do', f'd{value}')}")
+    lines.append(f"dp = {e.dot(value, 'tl.trans(do)')}")
     if e.program.adjust != ONE:
         lines = [*ds[:-1], *lines, ds[-1]]
     else:
@@ -165,13 +192,14 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         if sum(other.right == dot.right for other in e.dots) > 1:
             text, factor = _scaled(text, factor), 1.0
         factors[right] = factor
-        lines.append(f"d{right} = tl.dot(({text}).to({left}.dtype), {left}, d{right}{e.precision})")
+        lines.append(f"d{right} = {e.dot(f'({text}).to({left}.dtype)', left, f'd{right}')}")
     for read in columns:
         text, factor = _gradient_text(e, names, read, masked)
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
     tile = fill(
         softmax_backward.KEYS_TILE,
         load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True),
+        load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
         score=score,
@@ -220,18 +248,36 @@ def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dic
 
 
 def delta_source(e: Emission) -> str:
-    subtract = "delta -= tl.load(DLse + at, mask=rows < M, other=0.0)" if e.layout.has_grad_lse else ""
-    empty = ""
+    lse = e.base2("tl.load(Lse + rows, mask=q_idx < M, other=0.0)")
+    guard, zero = "", ""
     if e.program.keep.predicate != TRUE and e.program.keep.empty is not Empty.SCORE:
-        empty = (
-            'empty = lse == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
-            'lse = tl.where(empty, float("inf"), lse)\n'
-            "delta = tl.where(empty, 0.0, delta)"
+        guard = (
+            'empty = reference == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
+            'reference = tl.where(empty, float("inf"), reference)'
         )
+        zero = "delta = tl.where(empty, 0.0, delta)"
+    reference = fill(softmax_backward.MAKE_REFERENCE, lse=lse, guard_empty=guard)
+    subtract = "delta -= tl.load(DLse + rows, mask=q_idx < M, other=0.0)" if e.layout.has_grad_lse else ""
+    store = fill(softmax_backward.STORE_DELTA, subtract_grad_lse=subtract, guard_empty=zero)
+    parameters = signature(parameters_of(e, "delta"))
+    if not e.schedule.delta_over_keys:
+        text = fill(softmax_backward.DELTA, parameters=parameters, make_reference=reference, store_delta=store)
+        return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")
+    names, load_queries = _query_tile(e)
     return fill(
-        softmax_backward.DELTA,
-        parameters=signature(parameters_of(e, "delta")),
-        subtract_grad_lse=subtract,
-        lse=e.base2("tl.load(Lse + at, mask=rows < M, other=0.0)"),
-        guard_empty=empty,
-    ).replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")  # fmt: skip
+        softmax_backward.QUERIES,
+        kernel="attention_delta",
+        parameters=parameters,
+        load_queries=load_queries,
+        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
+        load_rows=reference,
+        load_rcp=_load_rcp(e),
+        accumulators="delta = tl.zeros([BLOCK_M], tl.float32)",
+        loops=_over_keys(e, names, lambda names, masked: _delta_lines(e, names)),
+        store=store,
+    ).replace("BLOCK_DV", str(e.value.block))
+
+
+def _delta_lines(e: Emission, names: Names) -> list[str]:
+    lines, gradient = _factor_lines(e, names)
+    return [*lines, f"delta += tl.sum(p * ({gradient}), 1)"]

@@ -210,6 +210,23 @@ def to_natural(x):
     """The inverse of to_base2."""
     return tl.where(x > -1.0e38, x * 0.6931471805599453, x)
 ''',
+    "add_apart": '''
+@triton.jit
+def add_apart(x, y):
+    """x + y; as a plain sum Triton would make the accumulator x the head of the chain of multiply-adds that y is."""
+    return tl.sum(tl.join(x, y), 2)
+''',
+    "dot_in_parts": '''
+@triton.jit
+def dot_in_parts(a, b):
+    """The product of a [M, K] and b [K, N], in float32 by chains of at most 32 multiply-adds, whose sums are added pairwise."""
+    if b.shape[0] <= 32 or b.dtype != tl.float32:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        even_a, odd_a = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
+        even_b, odd_b = tl.split(tl.permute(tl.reshape(b, [b.shape[0] // 2, 2, b.shape[1]]), (0, 2, 1)))
+        return tl.sum(tl.join(dot_in_parts(even_a, even_b), dot_in_parts(odd_a, odd_b)), 2)
+''',
     "uniform": '''
 @triton.jit
 def _fmix32(x):

@@ -23,7 +23,11 @@ class KernelSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The three kernels of a program. `descriptors`: operands come through TMA tensor descriptors; `float32`: see Target."""
+    """The kernels of a program. `descriptors`: operands come through TMA tensor descriptors.
+
+    `float32`: how products of float32 are summed, as Target has it, or "parts": exact products, summed in chains of at most 32
+    whose sums are then added pairwise, as eager code sums.
+    `delta_over_keys`: delta is the sum over keys of the very P * dP that dS is made of, rather than rowsum(O * dO)."""
 
     forward: KernelSchedule
     backward_queries: KernelSchedule
@@ -31,6 +35,17 @@ class Schedule:
     descriptors: bool
     float32: str
     warp_roles: bool = False  # the forward kernel is the one of templates/hopper_forward.py
+    delta: KernelSchedule = KernelSchedule(64, 64, 4, 1)
+    delta_over_keys: bool = False
+
+    def of(self, kernel: str) -> KernelSchedule:
+        """The schedule of a kernel by its name."""
+        chosen: KernelSchedule = getattr(self, kernel.removeprefix("attention_"))
+        return chosen
+
+    def follows_plan(self, kernel: str) -> bool:
+        """True for kernels that visit the tiles of a plan: all but a delta that is read off O and dO."""
+        return kernel != "attention_delta" or self.delta_over_keys
 
 
 def head_size(program: Attention) -> int:
@@ -48,10 +63,10 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
     descriptors = descriptors and target.descriptors and not wide
-    roles = descriptors and target.name == "sm_90" and not few_queries and suits_warp_roles(program)
-    # few queries wait for memory: there is time for exact products
-    float32 = "ieee" if few_queries else target.float32
-    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, float32, roles)
+    roles = descriptors and target.name == "sm_90" and suits_warp_roles(program)
+    if few_queries:  # they wait for memory: there is time to sum as carefully as eager code does
+        return Schedule(forward, queries, keys, descriptors, "parts", delta=queries, delta_over_keys=True)
+    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
 
 
 _ROLE_OPERATORS = frozenset({
