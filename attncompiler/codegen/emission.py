@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from attncompiler.codegen.text import fill
@@ -59,6 +59,7 @@ class Emission:
         self.group = shared_heads(program, layout.groups)
         self.helpers: set[str] = set()
         self.float32 = schedule.float32 if self._is(Dtype.F32) else ""  # "": no product needs more than the hardware's own way
+        self.in_parts = self.float32 == "parts"
         self.kept_score = score_where_kept(program)
 
     def _is(self, dtype: Dtype) -> bool:
@@ -66,8 +67,9 @@ class Emission:
 
     # ------------------------------------------------------------------------------------------------------ loads
 
-    def load(self, vector: Vector, row: str, rows: str, start: str, masked: bool) -> str:
-        """Lines that load a tile of vectors [rows, channels] into the variable named as the operand."""
+    def load(self, vector: Vector, row: str, rows: str, start: str, masked: bool, whole: bool = True) -> str:
+        """Lines that load a tile of vectors [rows, channels] into the variable named as the operand; where products come in parts,
+        only their addresses, unless the tile is needed `whole`."""
         name, big = vector.name, pointer_name(vector.name)
         head = "h" if vector.group == 1 else f"(h // {vector.group})"
         if self.schedule.descriptors:
@@ -76,11 +78,13 @@ class Emission:
             [f"({name}_channels[None, :] < {vector.size})"] if vector.block != vector.size else []
         )
         guard = f", mask={' & '.join(tests)}, other=0.0" if tests else ""
-        lines = [f"{name}_channels = tl.arange(0, {vector.block})"]
-        lines.append(
+        addresses = (
             f"{name}_rows = {big} + b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
             f" + {row}.to(tl.int64)[:, None] * stride_{name}_row"
         )
+        if self.in_parts and not whole:
+            return addresses
+        lines = [f"{name}_channels = tl.arange(0, {vector.block})", addresses]
         lines.append(f"{name} = tl.load({name}_rows + {name}_channels[None, :] * stride_{name}_channel{guard})")
         return "\n".join(lines)
 
@@ -111,8 +115,11 @@ class Emission:
                 return (1, 1, schedule.block_m if name in lefts else schedule.block_n, vector.block)
         return (1, 1, schedule.block_m, self.value.block) if name == "DO" else None
 
-    def load_all(self, vectors: Iterable[Vector], row: str, rows: str, start: str, masked: bool) -> str:
-        return "\n".join(self.load(vector, row, rows, start, masked) for vector in dict.fromkeys(vectors))
+    def load_all(
+        self, vectors: Iterable[Vector], row: str, rows: str, start: str, masked: bool, whole: Collection[Vector] = ()
+    ) -> str:
+        """Lines that load the vectors of products of queries and keys; `whole` are those that other products take as well."""
+        return "\n".join(self.load(v, row, rows, start, masked, v in whole) for v in dict.fromkeys(vectors))
 
     def lefts(self) -> list[Vector]:
         return [self.vectors[dot.left] for dot in self.dots]
@@ -123,19 +130,28 @@ class Emission:
     def products(self, transposed: bool) -> str:
         lines = []
         for dot, name in self.dot_names.items():
-            left, right = (self.vectors[read].name for read in (dot.left, dot.right))
-            if len({self.program.decls[vector].dtype for vector in (left, right)}) > 1:
-                left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"  # a product takes two of a kind
-            first, second = (right, left) if transposed else (left, right)
-            lines.append(f"{name} = {self.dot(first, f'tl.trans({second})')}")
+            left, right = self.vectors[dot.left], self.vectors[dot.right]
+            if len({self.program.decls[vector.name].dtype for vector in (left, right)}) > 1 and not self.in_parts:
+                sides = (f"{left.name}.to(tl.float32)", f"{right.name}.to(tl.float32)")  # a product takes two of a kind
+            else:
+                sides = left.name, right.name
+            lines.append(f"{name} = {self.inner_products(*sides, left.size, transposed)}")
         return "\n".join(lines)
+
+    def inner_products(self, query: str, key: str, size: int, transposed: bool) -> str:
+        """Of each vector of the query side with each of the key side, over `size` channels; `transposed` puts keys on rows."""
+        if self.in_parts:
+            self.helpers |= {"add_apart", "dot_in_parts"}
+            query = f"{query}_rows, q_idx[:, None] < M, {'stride_do_d' if query == 'do' else f'stride_{query}_channel'}"
+            key = f"{key}_rows, kv_idx[:, None] < N, stride_{key}_channel"
+        first, second = (key, query) if transposed else (query, key)
+        return f"dot_in_parts({first}, {second}, {size})" if self.in_parts else self.dot(first, f"tl.trans({second})")
 
     def dot(self, left: str, right: str, onto: str = "") -> str:
         """A product of two tiles, added `onto` an accumulator if there is one."""
-        if self.float32 == "parts":
-            self.helpers |= {"dot_in_parts"} | ({"add_apart"} if onto else set())
-            product = f"dot_in_parts({left}, {right})"
-            return f"add_apart({onto}, {product})" if onto else product
+        if self.in_parts and onto:
+            self.helpers.add("add_apart")
+            return f'add_apart({onto}, tl.dot({left}, {right}, input_precision="ieee"))'
         precision = f'input_precision="{self.float32}"' if self.float32 else ""
         return f"tl.dot({', '.join(filter(None, [left, right, onto, precision]))})"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from attncompiler.codegen.emission import (
     Emission,
@@ -57,7 +57,8 @@ def queries_source(e: Emission) -> str:
     accumulators += [f"d_{tag(e, r)} = tl.zeros([BLOCK_M], tl.float32)" for r in rows]
     factors: dict[str, float] = {}
     names, load_queries = _query_tile(e)
-    loops = _over_keys(e, names, lambda names, masked: _query_gradients(e, names, masked, lefts, rows, factors))
+    whole = {e.vectors[d.right] for d in lefts}
+    loops = _over_keys(e, names, whole, lambda names, masked: _query_gradients(e, names, masked, lefts, rows, factors))
     store = [_store_vector(e, e.vectors[d.left], "q_idx", "M", factors) for d in dict.fromkeys(lefts)]
     store += [f"tl.store(Grad_{tag(e, r)} + rows, d_{tag(e, r)}, mask=q_idx < M)" for r in rows]
     return fill(
@@ -65,7 +66,7 @@ def queries_source(e: Emission) -> str:
         kernel="attention_backward_queries",
         parameters=signature(parameters_of(e, "queries")),
         load_queries=load_queries,
-        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
+        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M", False),
         load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         accumulators="\n".join(dict.fromkeys(accumulators)),
@@ -82,9 +83,9 @@ def _query_tile(e: Emission) -> tuple[Names, str]:
     return names, "\n".join(filter(None, [queries, before]))
 
 
-def _over_keys(e: Emission, outer: Names, use: Callable[[Names, bool], list[str]]) -> str:
-    """The loops over full and over partial key tiles; `use(names, masked)` writes what is done with p and dp of a tile."""
-    return "\n".join(_queries_loop(e, outer, masked, use) for masked in (False, True))
+def _over_keys(e: Emission, outer: Names, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]) -> str:
+    """The loops over full and partial key tiles; `use(names, masked)` writes what is done with p, dp and the vectors `whole`."""
+    return "\n".join(_queries_loop(e, outer, masked, whole, use) for masked in (False, True))
 
 
 def _recomputed(e: Emission, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
@@ -123,19 +124,21 @@ def _query_gradients(
     return lines
 
 
-def _queries_loop(e: Emission, outer: Names, masked: bool, use: Callable[[Names, bool], list[str]]) -> str:
+def _queries_loop(
+    e: Emission, outer: Names, masked: bool, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]
+) -> str:
     names, score, scale, mask, loads = _recomputed(e, outer, masked)
     lines = use(names, masked)
     tile = fill(
         softmax_backward.QUERIES_TILE,
-        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked, whole),
         score_lines="\n".join(filter(None, [e.products(False), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[:, None]" if e.program.has_rcp else "",
         load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
-        grad_weights=e.dot("do", f"tl.trans({e.value.name})"),
+        grad_weights=e.inner_products("do", e.value.name, e.value.size, False),
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
@@ -181,7 +184,7 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     if value in e.layout.wanted:
         weights = "p" if e.program.adjust == ONE else "(p * factor)"
         lines.append(f"d{value} = {e.dot(f'{weights}.to(do.dtype)', 'do', f'd{value}')}")
-    lines.append(f"dp = {e.dot(value, 'tl.trans(do)')}")
+    lines.append(f"dp = {e.inner_products('do', value, e.value.size, True)}")
     if e.program.adjust != ONE:
         lines = [*ds[:-1], *lines, ds[-1]]
     else:
@@ -198,7 +201,7 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
     tile = fill(
         softmax_backward.KEYS_TILE,
-        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True),
+        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True, {e.vectors[d.left] for d in rights}),
         load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
@@ -206,7 +209,7 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[None, :]" if e.program.has_rcp else "",
-        load_grad_o=_load_grad_o(e, "q_start"),
+        load_grad_o=_load_grad_o(e, "q_start", value in e.layout.wanted),
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
@@ -217,13 +220,17 @@ def _scaled(text: str, factor: float) -> str:
     return text if factor == 1.0 else f"({text}) * {number(factor)}"
 
 
-def _load_grad_o(e: Emission, start: str) -> str:
+def _load_grad_o(e: Emission, start: str, whole: bool) -> str:
+    """As `Emission.load` does for vectors."""
     value = e.value
     if e.schedule.descriptors:
         return f"do = DO.load([b, h, {start}, 0]).reshape(BLOCK_M, {value.block})"
+    addresses = "DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m"
+    if e.in_parts and not whole:
+        return f"do_rows = {addresses}"
     return (
         f"do_channels = tl.arange(0, {value.block})\n"
-        "do_rows = DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m\n"
+        f"do_rows = {addresses}\n"
         f"inside = (q_idx[:, None] < M) & (do_channels[None, :] < {value.size})\n"
         "do = tl.load(do_rows + do_channels[None, :] * stride_do_d, mask=inside, other=0.0)"
     )
@@ -269,11 +276,11 @@ def delta_source(e: Emission) -> str:
         kernel="attention_delta",
         parameters=parameters,
         load_queries=load_queries,
-        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M"),
+        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M", False),
         load_rows=reference,
         load_rcp=_load_rcp(e),
         accumulators="delta = tl.zeros([BLOCK_M], tl.float32)",
-        loops=_over_keys(e, names, lambda names, masked: _delta_lines(e, names)),
+        loops=_over_keys(e, names, (), lambda names, masked: _delta_lines(e, names)),
         store=store,
     ).replace("BLOCK_DV", str(e.value.block))
 

@@ -70,7 +70,7 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
         if masked
         else "m_ref = m_new",
         adjust=adjust,
-        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
+        load_values=e.load(e.value, "kv_idx", "BLOCK_N", "kv_start", masked),
         add_values=e.dot(f"{weights}.to({value}.dtype)", value, "acc * alpha[:, None]"),
     )
     name = "Partial" if masked else "Full"

@@ -218,14 +218,15 @@ def add_apart(x, y):
 ''',
     "dot_in_parts": '''
 @triton.jit
-def dot_in_parts(a, b):
-    """The product of a [M, K] and b [K, N], in float32 by chains of at most 32 multiply-adds, whose sums are added pairwise."""
-    if b.shape[0] <= 32 or b.dtype != tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        even_a, odd_a = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
-        even_b, odd_b = tl.split(tl.permute(tl.reshape(b, [b.shape[0] // 2, 2, b.shape[1]]), (0, 2, 1)))
-        return tl.sum(tl.join(dot_in_parts(even_a, even_b), dot_in_parts(odd_a, odd_b)), 2)
+def dot_in_parts(a_rows, a_inside, stride_a, b_rows, b_inside, stride_b, SIZE: tl.constexpr):
+    """The products of rows of a with rows of b, which the pointers begin; each is summed in chains of 32 channels."""
+    total = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for part in range(0, SIZE, 32):
+        channels = part + tl.arange(0, 32)[None, :]
+        a = tl.load(a_rows + channels * stride_a, mask=a_inside & (channels < SIZE), other=0.0).to(tl.float32)
+        b = tl.load(b_rows + channels * stride_b, mask=b_inside & (channels < SIZE), other=0.0).to(tl.float32)
+        total = add_apart(total, tl.dot(a, tl.trans(b), input_precision="ieee"))
+    return total
 ''',
     "uniform": '''
 @triton.jit

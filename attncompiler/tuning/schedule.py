@@ -25,8 +25,8 @@ class KernelSchedule:
 class Schedule:
     """The kernels of a program. `descriptors`: operands come through TMA tensor descriptors.
 
-    `float32`: how products of float32 are summed, as Target has it, or "parts": exact products, summed in chains of at most 32
-    whose sums are then added pairwise, as eager code sums.
+    `float32`: how products of float32 keep their precision: as Target has it, or "parts": exact, and summed in chains of at most
+    32; one chain over all channels or keys would round more than the trees of eager code.
     `delta_over_keys`: delta is the sum over keys of the very P * dP that dS is made of, rather than rowsum(O * dO)."""
 
     forward: KernelSchedule
@@ -59,13 +59,14 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     """A good schedule without measuring, from head size, element width and target. Source: docs/performance.md."""
     d = head_size(program)
     wide = program.value.dtype in (Dtype.F32, Dtype.F64)
-    kernels = _few_queries(d) if few_queries else _float32(d) if wide else _half(d)
+    kernels = _few_queries(d, wide) if few_queries else _float32(d) if wide else _half(d)
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
     descriptors = descriptors and target.descriptors and not wide
     roles = descriptors and target.name == "sm_90" and suits_warp_roles(program)
     if few_queries:  # they wait for memory: there is time to sum as carefully as eager code does
-        return Schedule(forward, queries, keys, descriptors, "parts", delta=queries, delta_over_keys=True)
+        addressed = any(program.decls[name].dtype is Dtype.F32 for name in program.vectors)  # parts are loaded by address
+        return Schedule(forward, queries, keys, descriptors and not addressed, "parts", delta=queries, delta_over_keys=True)
     return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
 
 
@@ -111,9 +112,15 @@ def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
     return K(64, 32, 8, 1), K(32, 32, 8, 1), K(32, 32, 8, 1)
 
 
-def _few_queries(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
-    small = KernelSchedule(16, 64 if d <= 64 else 32 if d <= 256 else 16, 4, 2)
-    return small, small, small
+def _few_queries(d: int, wide: bool) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
+    """Float32 is multiplied by threads, not by tensor cores: no more than 32 keys in a chain, and registers to accumulate in."""
+    K = KernelSchedule
+    if not wide:
+        small = K(16, 64 if d <= 64 else 32 if d <= 256 else 16, 4, 2)
+        return small, small, small
+    small = K(16, 32, 4, 2) if d <= 256 else K(16, 16, 8, 2)
+    keys = K(16, 32, 4, 2) if d <= 64 else K(16, 16, 4, 1) if d <= 128 else K(16, 16, 8, 2)
+    return small, small, keys
 
 
 def _float32(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
