@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
+from attncompiler.assumed import checked
 from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
@@ -25,8 +27,16 @@ def attncompiler(
 
     Raises: OptionError for an unknown option or a bad value."""
     inner = parse_options(options, mode).inner
-    compiled: Callable[..., Any] = _INNER[inner](compile_or_leave(module, inputs).module, inputs)
-    return compiled
+    graph = compile_or_leave(module, inputs)
+    compiled: Callable[..., Any] = _INNER[inner](graph.module, inputs)
+    if not graph.assumed:
+        return compiled
+
+    def read() -> Callable[..., Any]:
+        """The same graph as a function of its own, whose arguments are no constants to Dynamo: all masks are read."""
+        return torch.compile(module, backend="attncompiler", options={"inner": inner.value})
+
+    return checked(compiled, graph.assumed, read)
 
 
 def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:

@@ -64,6 +64,7 @@ def _region(site: Site) -> Region:
     program = site.program
     predicate = program.keep.predicate
     density, notes = plan_of(program, hinted_sizes(site))
+    notes = (*notes, *map(str, site.recovered))
     fill = weak_mask(program.score)
     if fill is not None:
         why = f"where the mask puts {fill:g} a score may still count, so those pairs are computed"

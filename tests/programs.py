@@ -101,11 +101,15 @@ def _reference(p: Attention, made: dict[str, Tensor], grads: tuple[Tensor, Tenso
 
 def judge(lowering: ModuleType, p: Attention, device: str = "cpu", strided: bool = False) -> None:
     """Forward and backward against float64: at most twice the error of eager plus rounding; two runs bitwise equal."""
-    made = operands(p, device, strided)
+    judge_on(lowering, p, operands(p, device, strided))
+
+
+def judge_on(lowering: ModuleType, p: Attention, made: dict[str, Tensor]) -> None:
+    """The same on given operands."""
     precision = made["v"].dtype
-    m, dv = made["q"].shape[2], made["v"].shape[-1]
+    rows, dv = made["q"].shape[:3], made["v"].shape[-1]
     generator = torch.Generator().manual_seed(1)
-    grads = tuple(torch.randn(shape, generator=generator).to(device) for shape in ((2, 4, m, dv), (2, 4, m)))
+    grads = tuple(torch.randn(shape, generator=generator).to(made["v"].device) for shape in ((*rows, dv), tuple(rows)))
     grad_o = grads[0].to(precision)
     runs = []
     for _ in range(2):

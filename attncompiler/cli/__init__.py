@@ -1,1 +1,1 @@
-"""The command line: `attncompiler explain | inspect | doctor`."""
+"""The command line: `attncompiler explain | inspect | plan | zoo | doctor`."""

@@ -1,4 +1,6 @@
-"""`attncompiler explain | inspect | plan | doctor`. Exit codes: 0 all well, 1 something was missed or failed, 2 wrong usage."""
+"""`attncompiler explain | inspect | plan | zoo | doctor`.
+
+Exit codes: 0 all well, 1 something was missed or failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import attncompiler
-from attncompiler.cli import doctor, inspect, plan
+from attncompiler.cli import doctor, inspect, plan, zoo
 from attncompiler.cli.subject import INPUTS_HELP, load
 from attncompiler.errors import AttnCompilerError, OptionError
 from attncompiler.tuning.target import TARGETS
@@ -59,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to predict for")
     cost.add_argument("--picture", action="store_true", help="draw the tiles")
     cost.add_argument("--svg", metavar="FILE", help="write the picture as SVG")
+    cost.add_argument("--png", metavar="FILE", help="write the picture as PNG")
+    cost.add_argument("--head", type=int, metavar="H", help="draw this head (default: all that differ, side by side)")
     cost.set_defaults(run=plan.run)
+    about = "published systems as users write them, each with a declared twin"
+    zoo.add_commands(commands.add_parser("zoo", help=about, description=about))
     health = command("doctor", "check this installation: versions, device, caches, what works here", False)
     health.set_defaults(run=doctor.run)
     return parser

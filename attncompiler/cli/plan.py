@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from attncompiler import masks
-from attncompiler.dsl.pictures import picture, svg
+from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.errors import OptionError
 from attncompiler.masks import Mask
 from attncompiler.tuning.speed_of_light import speed_of_light
@@ -36,14 +36,19 @@ def run(arguments: argparse.Namespace) -> int:
     light = speed_of_light(plan, mask.kept_pairs(b, h, m, n), (b, h, m, n, d), target_named(arguments.target))
     found: dict[str, Any] = {"mask": str(mask), "shape": [b, h, m, n, d], "tile": [block_q, block_kv], "target": arguments.target,
                              "build_ms": build_ms, **asdict(light)}  # fmt: skip
+    head = arguments.head
+    if head is not None and not 0 <= head < h:
+        raise OptionError(f"--head {head}: the shape has {h} heads", do=f"give one from 0 to {h - 1}")
     if arguments.svg:
-        Path(arguments.svg).write_text(svg(plan))
+        Path(arguments.svg).write_text(svg(plan, head=head))
+    if arguments.png:
+        Path(arguments.png).write_bytes(png(plan, head=head))
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        print(tabulate([(name.replace("_", " "), _text(value)) for name, value in found.items()], tablefmt="plain"))
+        print(tabulate([(name.replace("_", " "), number_text(value)) for name, value in found.items()], tablefmt="plain"))
         if arguments.picture:
-            print("\n" + picture(plan))
+            print("\n" + picture(plan, head=head))
         if light.visited_tiles == 0:
             print("\nThis mask keeps no key for any query.")
     return 1 if light.visited_tiles == 0 else 0
@@ -73,11 +78,19 @@ def _mask(node: ast.expr, text: str) -> Mask:
     if name.id == "per_head" and len(call.args) == 1 and isinstance(call.args[0], ast.List):
         return masks.per_head([_mask(element, text) for element in call.args[0].elts])
     try:
-        positional = [ast.literal_eval(argument) for argument in call.args]
+        positional = [ast.literal_eval(argument) for argument in call.args[: 1 if name.id == "segments" else None]]
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if name.id == "segments" and len(call.args) == 2 and isinstance(rules := call.args[1], ast.Dict):
+            pairs = [ast.literal_eval(key) if key is not None else None for key in rules.keys]
+            positional.append({pair: _rule(rule, text) for pair, rule in zip(pairs, rules.values, strict=True)})
     except ValueError as error:
         raise OptionError(f"the arguments of {name.id} in {text!r} must be literals") from error
     return _made(name.id, positional, named)
+
+
+def _rule(node: ast.expr, text: str) -> Mask | bool:
+    """What segments keeps of a pair: a mask, True or False."""
+    return bool(node.value) if isinstance(node, ast.Constant) else _mask(node, text)
 
 
 def _made(name: str, positional: list[Any], named: dict[str, Any]) -> Mask:
@@ -97,7 +110,8 @@ def _numbers(text: str, option: str, counts: tuple[int, ...], form: str) -> tupl
     return found
 
 
-def _text(value: object) -> str:
+def number_text(value: object) -> str:
+    """A number for people; "-" for None."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)

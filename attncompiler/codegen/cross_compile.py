@@ -92,7 +92,7 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:
-        table = name.startswith(("Full", "Partial", "Order", "NextRow")) and not name.endswith("_ranges")
+        table = name.startswith(("Full", "Partial", "Order", "NextRow", "Origins")) and not name.endswith("_ranges")
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
         elif block := emission.descriptor_block(kernel, name):

@@ -6,10 +6,25 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from attncompiler.codegen.positions import TilePositions
 from attncompiler.codegen.text import fill
 from attncompiler.codegen.triton_expr import Names, pointer_name, size_names, triton
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import KV_IDX, TRUE, Apply, Const, Dot, Expr, Read, axes_of, dots_of, reads_of, with_axis_alone
+from attncompiler.ir.expr import (
+    KV_IDX,
+    Q_IDX,
+    TRUE,
+    Apply,
+    Axis,
+    Const,
+    Dot,
+    Expr,
+    Read,
+    axes_of,
+    dots_of,
+    reads_of,
+    with_axis_alone,
+)
 from attncompiler.ir.program import Attention, Dtype, Empty
 from attncompiler.passes.plan import keeps_only_keys, score_where_kept
 from attncompiler.tuning.schedule import Schedule
@@ -67,13 +82,13 @@ class Emission:
 
     # ------------------------------------------------------------------------------------------------------ loads
 
-    def load(self, vector: Vector, row: str, rows: str, start: str, masked: bool, whole: bool = True) -> str:
-        """Lines that load a tile of vectors [rows, channels] into the variable named as the operand; where products come in parts,
-        only their addresses, unless the tile is needed `whole`."""
+    def load(self, vector: Vector, row: str, rows: str, at: tuple[str, ...], masked: bool, whole: bool = True) -> str:
+        """Lines that load a tile of vectors [rows, channels] into the variable named as the operand; `at` is where a descriptor
+        loads from. Where products come in parts, only the addresses, unless the tile is needed `whole`."""
         name, big = vector.name, pointer_name(vector.name)
         head = "h" if vector.group == 1 else f"(h // {vector.group})"
         if self.schedule.descriptors:
-            return f"{name} = {big}.load([b, {head}, {start}, 0]).reshape({rows}, {vector.block})"
+            return f"{name} = {big}.load([{corner(head, vector.group, at)}, 0]).reshape({rows}, {vector.block})"
         tests = ([f"({row}[:, None] < {'M' if row == 'q_idx' else 'N'})"] if masked else []) + (
             [f"({name}_channels[None, :] < {vector.size})"] if vector.block != vector.size else []
         )
@@ -93,33 +108,51 @@ class Emission:
 
     @property
     def whole_key_tiles(self) -> bool:
-        """True where the last key tile of the forward kernel with warp roles is not cut short, as far as is known."""
-        n = self.program.axes.kv_idx
-        return self.schedule.warp_roles and isinstance(n, Const) and int(n.value) % self.schedule.forward.block_n == 0
+        """True where no key tile of the forward kernel with warp roles is cut short, as far as is known."""
+        n, schedule = self.program.axes.kv_idx, self.schedule.forward
+        if schedule.tiles:
+            return schedule.tiles.inside
+        return self.schedule.warp_roles and isinstance(n, Const) and int(n.value) % schedule.block_n == 0
 
     @property
     def takes_tickets(self) -> bool:
         """True where programs ask for their next row: rows differ in length, and only the device knows how much."""
-        return self.schedule.warp_roles and bool(reads_of(self.program.keep.predicate))
+        return self.schedule.warp_roles and not self.schedule.forward.tiles and bool(reads_of(self.program.keep.predicate))
 
-    def descriptor_block(self, kernel: str, name: str) -> tuple[int, int, int, int] | None:
+    def descriptor_block(self, kernel: str, name: str) -> tuple[int, ...] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
         if not self.schedule.descriptors or not self.schedule.follows_plan(kernel):
             return None
+        lefts = {"O", "DO", *(pointer_name(v.name) for v in self.lefts())}
+        sizes = {pointer_name(v.name): v.block for v in self.vectors.values()} | {"DO": self.value.block}
+        sizes |= {"O": self.value.block} if self.has_warp_roles(kernel) else {}
+        if name not in sizes:
+            return None
+        queries, keys = (self.box(kernel, axis) for axis in (Q_IDX, KV_IDX))
+        box = queries if name in lefts else keys
+        if self.has_warp_roles(kernel) and name in lefts:
+            box = halved(box)  # each of the two groups has its own rows
+        return ((1, 1) if len(box) < 3 else (1,)) + (*box, sizes[name])
+
+    def box(self, kernel: str, axis: Axis) -> tuple[int, ...]:
+        """The shape of a tile along the axes of tokens."""
         schedule = self.schedule.of(kernel)
-        if self.has_warp_roles(kernel) and name in ("O", *(pointer_name(v.name) for v in self.lefts())):
-            return (1, 1, schedule.block_m // 2, self.value.block)  # each of the two groups has its own rows
-        lefts = {pointer_name(v.name) for v in self.lefts()}
-        for vector in self.vectors.values():
-            if pointer_name(vector.name) == name:
-                return (1, 1, schedule.block_m if name in lefts else schedule.block_n, vector.block)
-        return (1, 1, schedule.block_m, self.value.block) if name == "DO" else None
+        by_keys, tiles = kernel == "attention_backward_keys", schedule.tiles
+        if not tiles:
+            return (schedule.block_m if axis == Q_IDX else schedule.block_n,)
+        return tiles.rows if (axis == KV_IDX) == by_keys else tiles.columns
 
     def load_all(
-        self, vectors: Iterable[Vector], row: str, rows: str, start: str, masked: bool, whole: Collection[Vector] = ()
+        self, vectors: Iterable[Vector], row: str, rows: str, at: tuple[str, ...], masked: bool, whole: Collection[Vector] = ()
     ) -> str:
         """Lines that load the vectors of products of queries and keys; `whole` are those that other products take as well."""
-        return "\n".join(self.load(v, row, rows, start, masked, v in whole) for v in dict.fromkeys(vectors))
+        return "\n".join(self.load(v, row, rows, at, masked, v in whole) for v in dict.fromkeys(vectors))
+
+    def positions(self, kernel: str) -> tuple[TilePositions, TilePositions]:
+        """How a kernel finds the positions of its queries, and of its keys."""
+        tiles = self.schedule.of(kernel).tiles
+        by_keys = kernel == "attention_backward_keys"
+        return TilePositions(Q_IDX, tiles, by_keys), TilePositions(KV_IDX, tiles, not by_keys)
 
     def lefts(self) -> list[Vector]:
         return [self.vectors[dot.left] for dot in self.dots]
@@ -157,8 +190,10 @@ class Emission:
 
     # ----------------------------------------------------------------------------------------------------- scores
 
-    def names(self, transposed: bool, bounds: frozenset[str]) -> Names:
-        return Names(self.program, self.dot_names, transposed, bounds, helpers=self.helpers)
+    def names(self, kernel: str, bounds: frozenset[str]) -> Names:
+        coordinates = {spelling: name for side in self.positions(kernel) for spelling, name in side.names.items()}
+        transposed = kernel == "attention_backward_keys"
+        return Names(self.program, self.dot_names, transposed, bounds, helpers=self.helpers, coordinates=coordinates)
 
     def score(self, masked: bool, names: Names) -> tuple[str, str]:
         """(score, what multiplies it into base-2 units): the product joins the subtraction of the maximum in one instruction."""
@@ -182,12 +217,16 @@ class Emission:
             return f"to_natural({text})"
         return f"({text}) * {math.log(2)!r}"
 
-    def mask_lines(self, names: Names) -> str:
+    def mask_lines(self, names: Names, kernel: str) -> str:
         """What makes the scores of a partial tile -inf outside `keep` and outside the tensors."""
         keep, axes = self.program.keep, self.program.axes
         tests = [f"({names.axis('kv_idx')} < N)"]
+        tiles = self.schedule.of(kernel).tiles
         if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
-            ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
+            if tiles:
+                ends = tiles.excluded or kernel == "attention_backward_keys"  # there keys stay: what sticks out is not stored
+            else:
+                ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
             tests = [triton(with_axis_alone(keep.predicate, KV_IDX), names), *([] if ends else tests)]
         return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))'
 
@@ -214,6 +253,18 @@ class Emission:
             batch = "b * H + h" if "h" in axes else "b"
             return f"({batch}) * {tiles} + {tile}"
         return f"h * {tiles} + {tile}" if "h" in axes else tile
+
+
+def corner(head: str, group: int, at: tuple[str, ...]) -> str:
+    """Where a descriptor loads from: batch, head and tokens; with three axes of tokens batch and head are one."""
+    heads = "H" if group == 1 else f"(H // {group})"
+    return ", ".join((f"b * {heads} + {head}", *at) if len(at) == 3 else ("b", head, *at))
+
+
+def halved(box: tuple[int, ...]) -> tuple[int, ...]:
+    """The first half of the tokens of a box, in their order."""
+    place = next(i for i, side in enumerate(box) if side > 1)
+    return (*box[:place], box[place] // 2, *box[place + 1 :])
 
 
 def without_factor(expr: Expr) -> tuple[Expr, float]:
@@ -325,12 +376,13 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
             parameters.append(f"Grad_{vector.name}")
             parameters += [f"stride_grad_{vector.name}_{a}" for a in ("b", "h", "row", "channel")]
         parameters += [f"Grad_{tag}" for tag in tags]
+    parameters += ["Origins"] if e.schedule.of(f"backward_{kernel}" if kernel in ("queries", "keys") else kernel).tiles else []
     for name in ("Full", "Partial"):
         parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
     parameters += ["NextRow"] if kernel == "forward" and e.takes_tickets else []
     return [*parameters, "Order", "H", "M", "N", *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
 
 
-def visit_ranges(template: str, name: str, tile: str, plan_row: str) -> str:
+def visit_ranges(template: str, name: str, tile: str, plan_row: str, moving: TilePositions) -> str:
     comment = "# tiles whose every pair is kept" if name == "Full" else "# tiles at an edge of the mask or of the tensors"
-    return comment + fill(template.replace("{name}", name), tile=tile, plan_row=plan_row)
+    return comment + fill(template.replace("{name}", name), tile=tile, plan_row=plan_row, origins=moving.origins)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from attncompiler.codegen.emission import (
     Emission,
     Vector,
+    corner,
     element_gradients,
     parameters_of,
     side_of,
@@ -19,6 +20,8 @@ from attncompiler.ir.derivative import derivative
 from attncompiler.ir.expr import ONE, TRUE, Const, Dot, Read
 from attncompiler.ir.program import Empty
 from attncompiler.templates import softmax_backward, softmax_forward
+
+DELTA, QUERIES, KEYS = "attention_delta", "attention_backward_queries", "attention_backward_keys"
 
 
 def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
@@ -56,17 +59,19 @@ def queries_source(e: Emission) -> str:
     accumulators = [f"d{e.vectors[d.left].name} = tl.zeros([BLOCK_M, {e.vectors[d.left].block}], tl.float32)" for d in lefts]
     accumulators += [f"d_{tag(e, r)} = tl.zeros([BLOCK_M], tl.float32)" for r in rows]
     factors: dict[str, float] = {}
-    names, load_queries = _query_tile(e)
+    where, _ = e.positions(QUERIES)
+    names, load_queries = _query_tile(e, QUERIES)
     whole = {e.vectors[d.right] for d in lefts}
-    loops = _over_keys(e, names, whole, lambda names, masked: _query_gradients(e, names, masked, lefts, rows, factors))
+    loops = _over_keys(e, QUERIES, names, whole, lambda names, masked: _query_gradients(e, names, masked, lefts, rows, factors))
     store = [_store_vector(e, e.vectors[d.left], "q_idx", "M", factors) for d in dict.fromkeys(lefts)]
     store += [f"tl.store(Grad_{tag(e, r)} + rows, d_{tag(e, r)}, mask=q_idx < M)" for r in rows]
     return fill(
         softmax_backward.QUERIES,
-        kernel="attention_backward_queries",
+        kernel=QUERIES,
         parameters=signature(parameters_of(e, "queries")),
+        query_positions=where.lines("q_tile", "q_tile * BLOCK_M", "tl.arange(0, BLOCK_M)"),
         load_queries=load_queries,
-        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M", False),
+        load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M"), False),
         load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         accumulators="\n".join(dict.fromkeys(accumulators)),
@@ -75,25 +80,26 @@ def queries_source(e: Emission) -> str:
     ).replace("BLOCK_DV", str(e.value.block))
 
 
-def _query_tile(e: Emission) -> tuple[Names, str]:
+def _query_tile(e: Emission, kernel: str) -> tuple[Names, str]:
     """The names of a kernel that has queries on rows, and the lines that load what does not change over its keys."""
-    names = e.names(False, frozenset({"q_idx"}))
-    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
+    names = e.names(kernel, frozenset({"q_idx"}))
+    where, _ = e.positions(kernel)
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_tile * BLOCK_M"), True)
     before = e.preload(names, frozenset({"b", "h", "q_idx"}))
     return names, "\n".join(filter(None, [queries, before]))
 
 
-def _over_keys(e: Emission, outer: Names, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]) -> str:
+def _over_keys(e: Emission, kernel: str, outer: Names, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]) -> str:
     """The loops over full and partial key tiles; `use(names, masked)` writes what is done with p, dp and the vectors `whole`."""
-    return "\n".join(_queries_loop(e, outer, masked, whole, use) for masked in (False, True))
+    return "\n".join(_queries_loop(e, kernel, outer, masked, whole, use) for masked in (False, True))
 
 
-def _recomputed(e: Emission, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
+def _recomputed(e: Emission, kernel: str, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
     """The score of a tile once more: names of the loop, the score, what multiplies it, the mask's line, and the loads it needs."""
-    names = e.names(outer.transposed, frozenset({"q_idx", "kv_idx"}))
+    names = e.names(kernel, frozenset({"q_idx", "kv_idx"}))
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
-    mask = e.mask_lines(names) if masked else ""
+    mask = e.mask_lines(names, kernel) if masked else ""
     loads = list(names.lines)
     names.lines.clear()
     return names, score, scale, mask, loads
@@ -125,24 +131,27 @@ def _query_gradients(
 
 
 def _queries_loop(
-    e: Emission, outer: Names, masked: bool, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]
+    e: Emission, kernel: str, outer: Names, masked: bool, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]
 ) -> str:
-    names, score, scale, mask, loads = _recomputed(e, outer, masked)
+    names, score, scale, mask, loads = _recomputed(e, kernel, outer, masked)
+    _, where = e.positions(kernel)
     lines = use(names, masked)
     tile = fill(
         softmax_backward.QUERIES_TILE,
-        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked, whole),
+        key_positions=where.lines("kv_start // BLOCK_N", "kv_start", "tl.arange(0, BLOCK_N)"),
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_start"), masked, whole),
         score_lines="\n".join(filter(None, [e.products(False), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[:, None]" if e.program.has_rcp else "",
-        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", "kv_start", masked),
+        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
         grad_weights=e.inner_products("do", e.value.name, e.value.size, False),
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
+    row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, row, where)
 
 
 def keys_source(e: Emission) -> str:
@@ -150,8 +159,9 @@ def keys_source(e: Emission) -> str:
     rights = [dot for dot in e.dots if dot.right.tensor in wanted]
     columns = [r for r in element_gradients(e.program, wanted) if side_of(r) == "kv"]
     value = e.value
-    keys = e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True)
-    names = e.names(True, frozenset({"kv_idx", "q_idx"}))
+    _, where = e.positions(KEYS)
+    keys = e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_tile * BLOCK_N"), True)
+    names = e.names(KEYS, frozenset({"kv_idx", "q_idx"}))
     accumulators = [f"d{e.vectors[d.right].name} = tl.zeros([BLOCK_N, {e.vectors[d.right].block}], tl.float32)" for d in rights]
     accumulators += [f"d{value.name} = tl.zeros([BLOCK_N, {value.block}], tl.float32)"] if value.name in wanted else []
     head = [e.preload(names, frozenset({"b", "h", "kv_idx"}))]
@@ -166,8 +176,9 @@ def keys_source(e: Emission) -> str:
     return fill(
         softmax_backward.KEYS,
         parameters=signature(parameters_of(e, "keys")),
+        key_positions=where.lines("kv_tile", "kv_tile * BLOCK_N", "tl.arange(0, BLOCK_N)"),
         load_keys=keys,
-        load_values=e.load_all([value], "kv_idx", "BLOCK_N", "kv_tile * BLOCK_N", True),
+        load_values=e.load_all([value], "kv_idx", "BLOCK_N", where.at("kv_tile * BLOCK_N"), True),
         accumulators="\n".join(dict.fromkeys(accumulators)),
         head_lines="\n".join(filter(None, head)),
         loops=loops,
@@ -177,7 +188,8 @@ def keys_source(e: Emission) -> str:
 
 
 def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], columns: list[Read], factors: dict[str, float]) -> str:
-    names, score, scale, mask, loads = _recomputed(e, outer, masked)
+    names, score, scale, mask, loads = _recomputed(e, KEYS, outer, masked)
+    where, _ = e.positions(KEYS)
     value = e.value.name
     ds = _ds_lines(e, names, True)
     lines = []
@@ -201,7 +213,8 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
     tile = fill(
         softmax_backward.KEYS_TILE,
-        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_start", True, {e.vectors[d.left] for d in rights}),
+        query_positions=where.lines("q_start // BLOCK_M", "q_start", "tl.arange(0, BLOCK_M)"),
+        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_start"), True, {e.vectors[d.left] for d in rights}),
         load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
@@ -209,22 +222,23 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[None, :]" if e.program.has_rcp else "",
-        load_grad_o=_load_grad_o(e, "q_start", value in e.layout.wanted),
+        load_grad_o=_load_grad_o(e, where.at("q_start"), value in e.layout.wanted),
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
+    row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
+    return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, row, where)
 
 
 def _scaled(text: str, factor: float) -> str:
     return text if factor == 1.0 else f"({text}) * {number(factor)}"
 
 
-def _load_grad_o(e: Emission, start: str, whole: bool) -> str:
+def _load_grad_o(e: Emission, at: tuple[str, ...], whole: bool) -> str:
     """As `Emission.load` does for vectors."""
     value = e.value
     if e.schedule.descriptors:
-        return f"do = DO.load([b, h, {start}, 0]).reshape(BLOCK_M, {value.block})"
+        return f"do = DO.load([{corner('h', 1, at)}, 0]).reshape(BLOCK_M, {value.block})"
     addresses = "DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m"
     if e.in_parts and not whole:
         return f"do_rows = {addresses}"
@@ -270,17 +284,19 @@ def delta_source(e: Emission) -> str:
     if not e.schedule.delta_over_keys:
         text = fill(softmax_backward.DELTA, parameters=parameters, make_reference=reference, store_delta=store)
         return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")
-    names, load_queries = _query_tile(e)
+    where, _ = e.positions(DELTA)
+    names, load_queries = _query_tile(e, DELTA)
     return fill(
         softmax_backward.QUERIES,
-        kernel="attention_delta",
+        kernel=DELTA,
         parameters=parameters,
+        query_positions=where.lines("q_tile", "q_tile * BLOCK_M", "tl.arange(0, BLOCK_M)"),
         load_queries=load_queries,
-        load_grad_o=_load_grad_o(e, "q_tile * BLOCK_M", False),
+        load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M"), False),
         load_rows=reference,
         load_rcp=_load_rcp(e),
         accumulators="delta = tl.zeros([BLOCK_M], tl.float32)",
-        loops=_over_keys(e, names, (), lambda names, masked: _delta_lines(e, names)),
+        loops=_over_keys(e, DELTA, names, (), lambda names, masked: _delta_lines(e, names)),
         store=store,
     ).replace("BLOCK_DV", str(e.value.block))
 

@@ -13,10 +13,13 @@ from attncompiler.ir.expr import ONE
 from attncompiler.ir.program import Empty
 from attncompiler.templates import softmax_forward
 
+KERNEL = "attention_forward"
+
 
 def forward_source(e: Emission) -> str:
-    names = e.names(False, frozenset({"q_idx"}))
-    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", "q_tile * BLOCK_M", True)
+    names = e.names(KERNEL, frozenset({"q_idx"}))
+    where, _ = e.positions(KERNEL)
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_tile * BLOCK_M"), True)
     before = e.preload(names, frozenset({"b", "h", "q_idx"}), extra=True)
     loops = "\n".join(_loop(e, names, masked) for masked in (False, True))
     extra = []
@@ -39,6 +42,7 @@ def forward_source(e: Emission) -> str:
     return fill(
         softmax_forward.KERNEL,
         parameters=signature(parameters_of(e, "forward")),
+        query_positions=where.lines("q_tile", "q_tile * BLOCK_M", "tl.arange(0, BLOCK_M)"),
         load_queries="\n".join(filter(None, [queries, before])),
         loops=loops,
         extra_scores="\n".join(extra),
@@ -48,10 +52,11 @@ def forward_source(e: Emission) -> str:
 
 
 def _loop(e: Emission, outer: Names, masked: bool) -> str:
-    names = e.names(False, frozenset({"q_idx", "kv_idx"}) if masked else frozenset({"q_idx"}))
+    names = e.names(KERNEL, frozenset({"q_idx", "kv_idx"}) if masked else frozenset({"q_idx"}))
+    _, where = e.positions(KERNEL)
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
-    mask = e.mask_lines(names) if masked else ""
+    mask = e.mask_lines(names, KERNEL) if masked else ""
     adjust, weights, value = "", "p", e.value.name
     before_adjust = len(names.lines)
     if e.program.adjust != ONE:
@@ -61,7 +66,8 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
     adjust = "\n".join([*names.lines[before_adjust:], adjust]) if adjust else ""
     tile = fill(
         softmax_forward.TILE,
-        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", "kv_start", masked),
+        key_positions=where.lines("kv_start // BLOCK_N", "kv_start", "tl.arange(0, BLOCK_N)"),
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
         score_lines="\n".join(filter(None, [e.products(False), loads])),
         score=score,
         scale=scale,
@@ -70,8 +76,9 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
         if masked
         else "m_ref = m_new",
         adjust=adjust,
-        load_values=e.load(e.value, "kv_idx", "BLOCK_N", "kv_start", masked),
+        load_values=e.load(e.value, "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
         add_values=e.dot(f"{weights}.to({value}.dtype)", value, "acc * alpha[:, None]"),
     )
     name = "Partial" if masked else "Full"
-    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, e.plan_row("tl.program_id(0)", "tl.num_programs(0)"))
+    row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
+    return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, row, where)

@@ -202,12 +202,15 @@ def _weighted(weights: Tensor, value: Tensor, group: int) -> Tensor:
 
 
 def _weighted_keys(weights: Tensor, rows: Tensor, group: int) -> Tensor:
-    """weights^T [b, h, n, m] with rows [b, h, m, d]: [b, h, n, d], where `group` > 1 summed over it: [b, h / group, n, d]."""
+    """weights^T [b, h, n, m] with rows [b, h, m, d]: [b, h, n, d], where `group` > 1 summed over it: [b, h / group, n, d].
+
+    Fewer heads than a group are of one group: heads with plans of their own come one by one."""
     if group == 1:
         return torch.matmul(weights.transpose(2, 3), rows)
     b, h, m, n = weights.shape
-    folded = weights.reshape(b, h // group, group * m, n)
-    return torch.matmul(folded.transpose(2, 3), rows.reshape(b, h // group, group * m, rows.shape[3]))
+    shared = max(h // group, 1)
+    folded = weights.reshape(b, shared, h // shared * m, n)
+    return torch.matmul(folded.transpose(2, 3), rows.reshape(b, shared, h // shared * m, rows.shape[3]))
 
 
 # ----------------------------------------------------------------------------------------------------------- forward

@@ -52,6 +52,7 @@ class Names:
     helpers: set[str] = field(default_factory=set)
     prefix: str = ""  # of the variables that hold reads
     tiles: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # axis -> where its tile starts, positions within it
+    coordinates: Mapping[Expr, tuple[str, str]] = field(default_factory=dict)  # of a grid: the variable, and the axis that it is of
 
     def along(self, axis: str) -> str:
         """The subscript that lays a vector of this axis across a tile of scores."""
@@ -79,6 +80,9 @@ def triton(expr: Expr, names: Names) -> str:
 def _write(expr: Expr, names: Names) -> str:
     if isinstance(expr, Const):
         return number(expr.value)
+    if expr in names.coordinates:
+        variable, axis = names.coordinates[expr]
+        return f"{variable}{names.along(axis)}"
     if isinstance(expr, Axis):
         return names.axis(expr.name)
     if isinstance(expr, Size):
@@ -90,6 +94,9 @@ def _write(expr: Expr, names: Names) -> str:
     if isinstance(expr, Uniform):
         names.helpers.add("uniform")
         seed = _read(expr.seed, names)
+        if expr.at:
+            row, column = (_write(place, names) for place in expr.at)
+            return f"uniform({seed}, ({row}).to(tl.int64), {column})"
         return f"uniform({seed}, (b * H + h).to(tl.int64) * M + {names.axis('q_idx')}, {names.axis('kv_idx')})"
     assert isinstance(expr, Apply)
     return _apply(expr, names)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Mask, adopt, as_mask, rename
+from attncompiler.dsl.masks import Captured, Mask, adopt, as_mask, check_reads, nothing_kept, rename
 from attncompiler.dsl.trace import traced
-from attncompiler.errors import DeviceError, InvalidProgram, OptionError
+from attncompiler.errors import DeviceError, OptionError
 from attncompiler.ir.expr import (
     AXES,
     KV_IDX,
@@ -27,14 +28,12 @@ from attncompiler.ir.expr import (
     Read,
     Uniform,
     apply,
-    dots_of,
     floordiv,
     mul,
     reads_of,
 )
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Softmax, TensorDecl
-from attncompiler.ir.ranges import range_of
-from attncompiler.ir.text import expr_text, to_line
+from attncompiler.ir.text import to_line
 from attncompiler.ir.verify import verify
 from attncompiler.passes.site import DTYPES
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
@@ -51,6 +50,16 @@ class Declared:
     captured: tuple[Tensor, ...]
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
+    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
+    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,
@@ -161,14 +170,16 @@ def _declare(
     if keep is not None:
         found, tensors = as_mask(keep).rule(extents)
         predicate = rename(found, adopt(captured, tensors))
-    if dots_of(predicate):
-        raise InvalidProgram("the mask reads scores", do="let `keep` depend on positions alone; change scores in `score`")
     adjust: Expr = ONE
     if dropout_p > 0.0:
         dropped = apply("ge", Uniform(Read("seed", (Const(0),))), Const(float(dropout_p)))
         adjust = apply("where", dropped, Const(1.0 / (1.0 - dropout_p)), Const(0.0))
     used = [name for name in captured if name in "qkv" or any(r.tensor == name for r in reads_of(scores) + reads_of(predicate))]
     _check_captured(captured, used, q, scores, predicate, extents)
+    if keep is not None:
+        _warn_of_nothing(
+            as_mask(keep), predicate, {name: captured[name] for name in {r.tensor for r in reads_of(predicate)}}, extents
+        )
     decls = [TensorDecl(name, DTYPES[captured[name].dtype], tuple(Const(size) for size in captured[name].shape)) for name in used]
     if dropout_p > 0.0:
         decls.append(TensorDecl("seed", DTYPES[torch.int64], (Const(1),)))
@@ -184,6 +195,31 @@ def _declare(
         )
     )
     return Declared(program, to_line(program), tuple(captured[name] for name in used if name not in "qkv"))
+
+
+def _warn_of_nothing(mask: Mask, predicate: Expr, read: Captured, extents: dict[Any, int]) -> None:
+    """A warning, once for a mask and its sizes, where no query keeps a key. A mask on a GPU is not looked at: that would wait."""
+    b, h, m, n = (extents[axis] for axis in AXES)
+    shape = b, h, m, n
+    if any(tensor.device.type != "cpu" for tensor in read.values()) or (str(mask), shape) in _WARNED:
+        return
+    if read and not mask.is_fixed:
+        return  # read anew at each call: looking at each would cost more than the warning is worth
+    if _nothing_kept(predicate, shape) if not read else nothing_kept(predicate, read, shape):
+        _WARNED.add((str(mask), shape))
+        warnings.warn(
+            f"the mask {mask} keeps no key for any of {b} x {h} x {m} queries over {n} keys: the output is zero\n"
+            "  do:  see mask.show(B, H, M, N) of its parts; parts that exclude one another are joined by |, not &",
+            stacklevel=5,
+        )
+
+
+_WARNED: set[Hashable] = set()
+
+
+@functools.lru_cache(maxsize=512)
+def _nothing_kept(predicate: Expr, shape: tuple[int, int, int, int]) -> bool:
+    return nothing_kept(predicate, {}, shape)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, enable_gqa: bool) -> None:
@@ -214,11 +250,4 @@ def _check_captured(
         if captured[name].device != q.device:
             where = captured[name].device
             raise DeviceError(f"{name} of the mask or score is on {where}, q is on {q.device}", do="mask.to(q.device) moves it")
-    for read in (r for r in reads_of(scores) + reads_of(predicate) if r.tensor not in "qkv"):
-        for place, (entry, size) in enumerate(zip(read.index, captured[read.tensor].shape, strict=True)):
-            last = range_of(entry, extents)[1]
-            if size <= last < math.inf:
-                raise OptionError(
-                    f"{read.tensor} {list(captured[read.tensor].shape)} is read at {expr_text(entry)}, up to {last:.0f}",
-                    why=f"its dimension {place} has {size}",
-                )
+    check_reads((scores, predicate), {name: captured[name] for name in used if name not in "qkv"}, extents)

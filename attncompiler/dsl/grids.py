@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Mask, Sized, make_rule
+from attncompiler.dsl.masks import Counted, Mask, make_rule
+from attncompiler.dsl.segments import segments
 from attncompiler.dsl.term import Positions, equal, larger, smaller
 from attncompiler.errors import OptionError
+from attncompiler.ir.expr import KV_IDX, Q_IDX
 
 
 def grid(
@@ -34,6 +36,7 @@ def grid(
             raise OptionError(
                 f"axis {axis} of {length} tokens can't have window {w}, stride {s}, dilation {d}",
                 why="1 <= stride <= window and window * dilation <= length must hold",
+                do=_grid_advice(length, w, s, d),
             )
         axes.append((math.prod(sizes[axis + 1 :]), length, w, s, d, bool(c)))
 
@@ -46,7 +49,20 @@ def grid(
     text = ", ".join(f"{name}={value}" for name, value, default in (
         ("stride", stride, 1), ("dilation", dilation, 1), ("causal", causal, False)) if value != default)  # fmt: skip
     formula = f"grid({sizes}, window={window}{', ' + text if text else ''})"
-    return Sized(make_rule(formula, kept), math.prod(sizes), lambda: math.prod([_axis_pairs(*axis[1:]) for axis in axes]))
+    return _of_tokens(make_rule(formula, kept), math.prod(sizes), lambda: math.prod([_axis_pairs(*axis[1:]) for axis in axes]))
+
+
+def _grid_advice(length: int, w: int, s: int, d: int) -> str:
+    if min(w, s, d) < 1:
+        return "give numbers from 1 on"
+    if w * d > length:
+        fits = f"a window of at most {length // d}" if d <= length else f"a dilation of at most {length}"
+        return f"give {fits}; a window as long as its axis sees all of it"
+    return f"give a stride of at most {w}"
+
+
+def _of_tokens(mask: Mask, tokens: int, count: Callable[[], int]) -> Mask:
+    return Counted(mask, {Q_IDX: tokens, KV_IDX: tokens}, count)
 
 
 def _axis_pairs(length: int, w: int, s: int, d: int, causal: bool) -> int:
@@ -105,7 +121,7 @@ def halo(shape: Sequence[int], block: int, halo: int) -> Mask:
             total *= int(near(i[:, None], i[None, :]).sum())
         return total
 
-    return Sized(make_rule(f"halo({sizes}, block={block}, halo={halo})", kept), math.prod(sizes), count)
+    return _of_tokens(make_rule(f"halo({sizes}, block={block}, halo={halo})", kept), math.prod(sizes), count)
 
 
 def radial(frames: int, frame: int, tokens: int | None = None, *, block: int = 128, decay: float = 1.0, sink: bool = True) -> Mask:
@@ -120,7 +136,7 @@ def radial(frames: int, frame: int, tokens: int | None = None, *, block: int = 1
     pattern = _radial_blocks(frames, frame, tokens // block, block, decay, sink)
     text = f"radial({frames}, {frame}{f', {tokens}' if tokens > frames * frame else ''}, block={block}, decay={decay}, sink={sink})"
     whole_blocks = make_rule(text, lambda p: p.captured["pattern"][p.q // block, p.k // block], pattern=pattern)
-    return Sized(whole_blocks, tokens, lambda: int(pattern.sum()) * block * block)
+    return _of_tokens(whole_blocks, tokens, lambda: int(pattern.sum()) * block * block)
 
 
 def _radial_blocks(frames: int, frame: int, blocks: int, block: int, decay: float, sink: bool) -> Tensor:
@@ -165,16 +181,13 @@ def disc(shape: Sequence[int], radius: int, text: int = 0) -> Mask:
         raise OptionError(f"disc({(rows, columns)}, {radius}, {text}) has a size below 1")
 
     def kept(p: Positions) -> Any:
-        i, j = p.q - text, p.k - text
-        down, across = i // columns - j // columns, i % columns - j % columns
-        near = down * down + across * across < radius * radius
-        return near if text == 0 else (p.q < text) | (p.k < text) | near
-
-    formula = f"disc({(rows, columns)}, {radius}{f', text={text}' if text else ''})"
+        down, across = p.q // columns - p.k // columns, p.q % columns - p.k % columns
+        return down * down + across * across < radius * radius
 
     def count() -> int:
         down, across = torch.arange(-rows + 1, rows)[:, None], torch.arange(-columns + 1, columns)
         pairs = (rows - down.abs()) * (columns - across.abs()) * (down * down + across * across < radius * radius)
-        return int(pairs.sum()) + 2 * text * rows * columns + text * text
+        return int(pairs.sum())
 
-    return Sized(make_rule(formula, kept), rows * columns + text, count)
+    image = _of_tokens(make_rule(f"disc({(rows, columns)}, {radius})", kept), rows * columns, count)
+    return image if text == 0 else segments({"text": text, "image": rows * columns}, {("image", "image"): image})

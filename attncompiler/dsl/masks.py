@@ -5,8 +5,10 @@ those of FlexAttention's mods: b, h, q_idx, kv_idx. A query that sees no key giv
 
 from __future__ import annotations
 
+import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -14,14 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.pictures import picture, svg
+from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.dsl.term import Positions, terms
 from attncompiler.dsl.trace import traced
-from attncompiler.errors import OptionError
-from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, Axis, Const, Expr, H, Read, apply, settled, transform
+from attncompiler.errors import InvalidProgram, OptionError
+from attncompiler.ir.expr import (
+    AXES,
+    FALSE,
+    KV_IDX,
+    Q_IDX,
+    Axis,
+    B,
+    Const,
+    Expr,
+    H,
+    Kind,
+    Read,
+    apply,
+    reads_of,
+    settled,
+    transform,
+)
+from attncompiler.ir.program import TensorDecl, kind_of
+from attncompiler.ir.ranges import range_of, within
+from attncompiler.ir.text import expr_text
 from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
+from attncompiler.passes.site import DTYPES
 
 _MOST_PAIRS = 1 << 26
+_MOST_LOOKED_AT = 1 << 22  # pairs, for a warning
 
 Extents = Mapping[Axis, int]
 Captured = dict[str, Tensor]
@@ -45,9 +68,22 @@ class Mask(ABC):
 
         Raises: OptionError where the sizes don't fit."""
 
+    def check(self, extents: Extents) -> None:  # noqa: B027  most masks fit all sizes
+        """Raises: OptionError where the sizes don't fit."""
+
+    @property
+    def reads_tensors(self) -> bool:
+        """True where it may read tensors by position: then no position outside its own tokens may reach it."""
+        return False
+
     @abstractmethod
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The rule at positions that are index tensors, whatever their number."""
+
     def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The mask at positions that are index tensors, in plain torch: what other backends compile, and ours recognises."""
+        """The mask at all positions as index tensors, in plain torch: what other backends compile, and ours recognises."""
+        self.check({axis: at.numel() for axis, at in zip(AXES, (b, h, q_idx, kv_idx), strict=True)})
+        return self.at(b, h, q_idx, kv_idx)
 
     def __and__(self, other: Mask) -> Mask:
         return _Joined("and", (self, as_mask(other)))
@@ -60,21 +96,40 @@ class Mask(ABC):
 
     def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:
         """The tiles of `block_q` queries by `block_kv` keys that it keeps something of."""
-        predicate, captured = self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
-        return plan_predicate(predicate, captured, (b, h, m, n), block_q, block_kv)
+        return plan_predicate(*self._on_cpu(b, h, m, n), (b, h, m, n), block_q, block_kv)
 
     def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
         """How many (query, key) pairs it keeps, over all batches and heads; None where that takes too long to count."""
-        predicate, captured = self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
-        return count_kept(predicate, captured, (b, h, m, n))
+        return count_kept(*self._on_cpu(b, h, m, n), (b, h, m, n))
 
-    def show(self, b: int, h: int, m: int, n: int, columns: int = 64) -> str:
-        """A picture in text: queries downwards, keys to the right, of the first batch and head."""
-        return picture(self.plan(b, h, m, n), columns)
+    def _on_cpu(self, b: int, h: int, m: int, n: int) -> tuple[Expr, Captured]:
+        """The rule, with its tensors where plans and counts are made."""
+        extents = dict(zip(AXES, (b, h, m, n), strict=True))
+        predicate, captured = self.rule(extents)
+        check_reads([predicate], captured, extents)
+        return predicate, {name: tensor.cpu() for name, tensor in captured.items()}
 
-    def svg(self, b: int, h: int, m: int, n: int) -> str:
+    def keeps_nothing(self, b: int, h: int, m: int, n: int) -> bool:
+        """True where it is proved that no query of any batch and head keeps a key."""
+        return nothing_kept(*self._on_cpu(b, h, m, n), (b, h, m, n))
+
+    def show(self, b: int, h: int, m: int, n: int, columns: int = 64, *, batch: int | None = None, head: int | None = None) -> str:
+        """A picture in text: queries downwards, keys to the right; of all batches and heads that differ, or of those given."""
+        return picture(self._drawn(b, h, m, n, batch, head), columns, batch, head)
+
+    def svg(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> str:
         """The same picture as SVG."""
-        return svg(self.plan(b, h, m, n))
+        return svg(self._drawn(b, h, m, n, batch, head), True, batch, head)
+
+    def png(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> bytes:
+        """The same picture as PNG: what to write into a file."""
+        return png(self._drawn(b, h, m, n, batch, head), batch, head)
+
+    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> TilePlan:
+        for what, number, count in (("batch", batch, b), ("head", head, h)):
+            if number is not None and not 0 <= number < count:
+                raise OptionError(f"there is no {what} {number} to draw", do=f"give one from 0 to {count - 1}")
+        return self.plan(b, h, m, n)
 
     def same_as(self, other: Mask, b: int, h: int, m: int, n: int) -> bool | None:
         """Whether both keep the same pairs at these sizes; None where neither the rules nor a look at every pair can tell."""
@@ -92,10 +147,24 @@ class Mask(ABC):
         from attncompiler.ir.evaluate import whole
 
         extents = dict(zip(AXES, (b, h, m, n), strict=True))
-        predicate, captured = self.rule(extents)
+        predicate, captured = self._on_cpu(b, h, m, n)
         block = whole(captured, {}, {axis.name: size for axis, size in extents.items()}, torch.float64, torch.device("cpu"))
         found = block.tensor(predicate).to(torch.bool)
         return found.expand(*found.shape[:2], m, n) if found.dim() == 4 else found.expand(1, 1, m, n)
+
+
+_COARSE = 16  # tiles a side in which a mask is asked whether it keeps anything at all
+
+
+def nothing_kept(predicate: Expr, captured: Captured, shape: tuple[int, int, int, int]) -> bool:
+    """True where a predicate over b, h, q_idx, kv_idx of these sizes is proved to hold nowhere; `captured` is on the CPU."""
+    if predicate == FALSE or min(shape) == 0:
+        return min(shape) > 0
+    tiles = (max(-(-size // _COARSE), 1) for size in shape[2:])
+    plan = plan_predicate(predicate, captured, shape, *tiles)
+    if int(plan.visited.count.sum()) == 0:
+        return True
+    return int(plan.full.count.sum()) == 0 and math.prod(shape) <= _MOST_LOOKED_AT and count_kept(predicate, captured, shape) == 0
 
 
 def as_mask(value: Mask | Callable[..., Any]) -> Mask:
@@ -119,9 +188,13 @@ class _Rule(Mask):
         return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        return settled(self.kept(terms(self.captured)).expr, KV_IDX), dict(self.captured)
+        return settled(within(self.kept(terms(self.captured)).expr, extents), KV_IDX), dict(self.captured)
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    @property
+    def reads_tensors(self) -> bool:
+        return bool(self.captured)
+
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.kept(Positions(b, h, q_idx, kv_idx, self.captured))
         return found
 
@@ -131,34 +204,53 @@ class _Rule(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Sized(Mask):
-    """A rule for one number of keys, and of queries."""
+    """A rule for certain numbers of batches, heads, queries or keys."""
 
     mask: Mask
-    size: int
-    count: Callable[[], int]
-
-    def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
-        self.rule(dict(zip(AXES, (b, h, m, n), strict=True)))
-        return b * h * self.count()
+    sizes: Mapping[Axis, int]
 
     def to(self, device: torch.device | str) -> Mask:
         return replace(self, mask=self.mask.to(device))
 
-    def _check(self, queries: int, keys: int) -> None:
-        for what, count in (("queries", queries), ("keys", keys)):
-            if count != self.size:
-                raise OptionError(f"{self.mask} is for {self.size} tokens, not {count} {what}")
+    @property
+    def reads_tensors(self) -> bool:
+        return self.mask.reads_tensors
+
+    def check(self, extents: Extents) -> None:
+        for axis, size in self.sizes.items():
+            if extents[axis] != size:
+                what, do = _FOR[axis]
+                made_for = "tokens" if axis in (Q_IDX, KV_IDX) else what
+                raise OptionError(f"{self.mask} is for {size} {made_for}, not {extents[axis]} {what}", do=do)
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        self._check(extents[Q_IDX], extents[KV_IDX])
+        self.check(extents)
         return self.mask.rule(extents)
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        self._check(q_idx.numel(), kv_idx.numel())
-        return self.mask.on(b, h, q_idx, kv_idx)
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self.mask.at(b, h, q_idx, kv_idx)
 
     def __str__(self) -> str:
         return str(self.mask)
+
+
+_FOR = {
+    B: ("batches", "give it tensors with an entry for each batch"),
+    H: ("heads", "make it for the number of query heads"),
+    Q_IDX: ("queries", "make it for the number of tokens; for text or extra keys beside them there is masks.segments"),
+    KV_IDX: ("keys", "make it for the number of tokens; for text or extra keys beside them there is masks.segments"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Counted(Sized):
+    """A rule for one number of tokens, whose pairs are counted without looking at each."""
+
+    count: Callable[[], int]
+
+    def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
+        self.check(dict(zip(AXES, (b, h, m, n), strict=True)))
+        return b * h * self.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,12 +263,19 @@ class _Traced(Mask):
     def is_fixed(self) -> bool:
         return False
 
+    @property
+    def reads_tensors(self) -> bool:
+        return True
+
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         examples = [torch.zeros((), dtype=torch.int64) for _ in AXES]
         expr, captured = traced(self.function, AXES, examples, extents)
-        return settled(expr, KV_IDX), captured
+        decls = {name: TensorDecl(name, DTYPES[tensor.dtype], ()) for name, tensor in captured.items()}
+        if kind_of(expr, decls) is not Kind.BOOL:
+            raise InvalidProgram(f"{self} gives numbers, not True or False", do="compare: a mask says which keys are kept")
+        return settled(within(expr, extents), KV_IDX), captured
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found: Tensor = self.function(b, h, q_idx, kv_idx)
         return found
 
@@ -193,8 +292,16 @@ class _Joined(Mask):
     def is_fixed(self) -> bool:
         return all(part.is_fixed for part in self.parts)
 
+    @property
+    def reads_tensors(self) -> bool:
+        return any(part.reads_tensors for part in self.parts)
+
     def to(self, device: torch.device | str) -> Mask:
         return replace(self, parts=tuple(part.to(device) for part in self.parts))
+
+    def check(self, extents: Extents) -> None:
+        for part in self.parts:
+            part.check(extents)
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
         captured: Captured = {}
@@ -204,13 +311,26 @@ class _Joined(Mask):
             exprs.append(rename(expr, adopt(captured, tensors)))
         return settled(apply(self.operator, *exprs), KV_IDX), captured
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        parts = [part.on(b, h, q_idx, kv_idx) for part in self.parts]
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        parts = [part.at(b, h, q_idx, kv_idx) for part in self.parts]
         return ~parts[0] if self.operator == "not" else parts[0] & parts[1] if self.operator == "and" else parts[0] | parts[1]
 
     def __str__(self) -> str:
-        texts = [str(part) if isinstance(part, _Rule | Sized | _Traced) else f"({part})" for part in self.parts]
+        texts = [f"({part})" if isinstance(part, _Joined) else str(part) for part in self.parts]
         return f"~{texts[0]}" if self.operator == "not" else {"and": " & ", "or": " | "}[self.operator].join(texts)
+
+
+def check_reads(exprs: Iterable[Expr], captured: Captured, extents: Extents) -> None:
+    """Raises: OptionError where a captured tensor is too short for the positions that it is read at."""
+    for read in (r for expr in exprs for r in reads_of(expr) if r.tensor in captured):
+        for place, (entry, size) in enumerate(zip(read.index, captured[read.tensor].shape, strict=True)):
+            last = range_of(entry, extents)[1]
+            if size <= last < math.inf:
+                raise OptionError(
+                    f"{read.tensor} {list(captured[read.tensor].shape)} is read at {expr_text(entry)}, up to {last:.0f}",
+                    why=f"its dimension {place} has {size}",
+                    do=f"give a tensor of {last + 1:.0f} or more there, or mask shorter sequences",
+                )
 
 
 def adopt(captured: Captured, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -258,15 +378,22 @@ class _PerHead(Mask):
     def is_fixed(self) -> bool:
         return all(mask.is_fixed for mask in self.masks)
 
+    @property
+    def reads_tensors(self) -> bool:
+        return any(mask.reads_tensors for mask in self.masks)
+
     def to(self, device: torch.device | str) -> Mask:
         return replace(self, masks=tuple(mask.to(device) for mask in self.masks))
 
-    def _check(self, heads: int) -> None:
-        if heads != len(self.masks):
-            raise OptionError(f"per_head has {len(self.masks)} masks for {heads} heads")
+    def check(self, extents: Extents) -> None:
+        if extents[H] != len(self.masks):
+            what = f"per_head has {len(self.masks)} masks for {extents[H]} heads"
+            raise OptionError(what, do="give one mask for each head of the queries; the same one may come several times")
+        for mask in self.masks:
+            mask.check(extents)
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        self._check(extents[H])
+        self.check(extents)
         captured: Captured = {}
         of: dict[Expr, list[int]] = {}
         for number, mask in enumerate(self.masks):
@@ -280,11 +407,10 @@ class _PerHead(Mask):
             parts.append(apply("and", which, expr))
         return reduce(lambda a, b: apply("or", a, b), parts), captured
 
-    def on(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        self._check(h.numel())
-        found = (h == 0) & self.masks[0].on(b, h, q_idx, kv_idx)
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        found = (h == 0) & self.masks[0].at(b, h, q_idx, kv_idx)
         for number, mask in enumerate(self.masks[1:], 1):
-            found = found | (h == number) & mask.on(b, h, q_idx, kv_idx)
+            found = found | (h == number) & mask.at(b, h, q_idx, kv_idx)
         return found
 
     def __str__(self) -> str:
@@ -293,4 +419,20 @@ class _PerHead(Mask):
 
 def where(function: Callable[..., Any]) -> Mask:
     """Keys for which `function(b, h, q_idx, kv_idx)` holds; it may read tensors by these. FlexAttention's mask_mods, unchanged."""
+    if not torch.compiler.is_dynamo_compiling():  # which does not trace signatures
+        _check_arguments(function)
     return _Traced(function)
+
+
+def _check_arguments(function: Callable[..., Any]) -> None:
+    """Raises: OptionError for a function that takes other arguments than four positions."""
+    try:
+        inspect.signature(function).bind(*AXES)
+    except TypeError as error:
+        raise OptionError(
+            f"{getattr(function, '__name__', 'the function')} does not take (b, h, q_idx, kv_idx): {error}",
+            why="which keys are kept is decided before any score exists",
+            do="let a mask depend on positions alone; what depends on scores is written in `score`",
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Mask, make_rule
+from attncompiler.dsl.masks import Mask, Sized, make_rule
 from attncompiler.dsl.term import Positions, equal, larger
 from attncompiler.errors import OptionError
+from attncompiler.ir.expr import B, H
 
 
 def full() -> Mask:
@@ -40,12 +41,14 @@ def prefix(length: int | Tensor) -> Mask:
     """The first `length` keys, for all queries: `causal() | prefix(n)` is a prefix language model. One a batch: int [B]."""
     if isinstance(length, int):
         return make_rule(f"prefix({length})", lambda p: p.k < length)
-    return make_rule("prefix(lengths)", lambda p: p.k < p.captured["lengths"][p.b], lengths=_integers(length, "prefix lengths", 1))
+    return _of_batches(
+        "prefix(lengths)", lambda p: p.k < p.captured["lengths"][p.b], lengths=_integers(length, "prefix lengths", 1)
+    )
 
 
 def padding(lengths: Tensor) -> Mask:
     """Keys before the end of their sequence. `lengths`: int [B]."""
-    return make_rule("padding(lengths)", lambda p: p.k < p.captured["lengths"][p.b], lengths=_integers(lengths, "lengths", 1))
+    return _of_batches("padding(lengths)", lambda p: p.k < p.captured["lengths"][p.b], lengths=_integers(lengths, "lengths", 1))
 
 
 def document(
@@ -71,7 +74,7 @@ def document(
     assert ids is not None
     if ids.dim() == 2:
         two = _integers(ids, "ids", 2)
-        return make_rule("document(ids)", lambda p: equal(p.captured["doc"][p.b, p.q], p.captured["doc"][p.b, p.k]), doc=two)
+        return _of_batches("document(ids)", lambda p: equal(p.captured["doc"][p.b, p.q], p.captured["doc"][p.b, p.k]), doc=two)
     one = _integers(ids, "ids", 1)
     return make_rule(formula, lambda p: equal(p.captured["doc"][p.q], p.captured["doc"][p.k]), doc=one)
 
@@ -80,7 +83,7 @@ def regions(labels: Tensor) -> Mask:
     """RAT: keys of the query's own region. `labels`: int [N] or [B, N], in any order."""
     if labels.dim() == 2:
         two = _integers(labels, "labels", 2)
-        return make_rule(
+        return _of_batches(
             "regions(labels)", lambda p: equal(p.captured["label"][p.b, p.q], p.captured["label"][p.b, p.k]), label=two
         )
     one = _integers(labels, "labels", 1)
@@ -114,7 +117,8 @@ def blocks(size: int, pattern: Tensor | None = None) -> Mask:
         index = (p.q // size, p.k // size)
         return p.captured["pattern"][index if len(pattern.shape) == 2 else (p.h, *index)]
 
-    return make_rule(f"blocks({size}, pattern)", kept, pattern=pattern)
+    rule = make_rule(f"blocks({size}, pattern)", kept, pattern=pattern)
+    return rule if pattern.dim() == 2 else Sized(rule, {H: pattern.shape[0]})
 
 
 def strided(
@@ -144,7 +148,13 @@ def strided(
             kept = kept | (shard >= shards - dense_heads)
         return kept & (p.k <= p.q)
 
-    return make_rule(formula, absolute if causal else relative)
+    return Sized(make_rule(formula, absolute), {H: heads} if heads > 1 else {}) if causal else make_rule(formula, relative)
+
+
+def _of_batches(formula: str, kept: Callable[[Positions], Any], **captured: Tensor) -> Mask:
+    """A rule that reads tensors with an entry for each batch."""
+    (tensor,) = captured.values()
+    return Sized(make_rule(formula, kept, **captured), {B: tensor.shape[0]})
 
 
 def _integers(tensor: Tensor, what: str, rank: int) -> Tensor:

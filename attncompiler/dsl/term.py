@@ -50,6 +50,9 @@ class Term:
     def __or__(self, other: Term) -> Term:
         return Term(apply("or", self.expr, other.expr))
 
+    def __abs__(self) -> Term:
+        return Term(apply("abs", self.expr))
+
     def __invert__(self) -> Term:
         return Term(apply("not", self.expr))
 
@@ -66,7 +69,11 @@ class _Elements:
 
     def __getitem__(self, index: Term | tuple[Term, ...]) -> Term:
         entries = index if isinstance(index, tuple) else (index,)
-        return Term(Read(self._name, tuple(entry.expr for entry in entries)))
+        return Term(Read(self._name, tuple(_expr(entry) for entry in entries)))
+
+    def element(self, place: int) -> Read:
+        """The read of one element of a vector."""
+        return Read(self._name, (Const(place),))
 
 
 @dataclass(frozen=True)

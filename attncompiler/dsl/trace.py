@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attncompiler.errors import InvalidProgram, Unrecognised
 from attncompiler.ir.expr import Axis, Expr
+from attncompiler.passes.constant_masks import ConstantMasks
+from attncompiler.passes.constants import Constants
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.recognise_calls import ModReader
 from attncompiler.passes.sizes import IndexSpace
@@ -51,8 +53,10 @@ def traced(
     outer.output(())
     space = IndexSpace()
     space.extents.update(extents)
-    reader = Reader(GraphModule({}, outer), space, frozenset())
+    empty = GraphModule({}, outer)
+    reader = Reader(empty, space, frozenset(), ConstantMasks(Constants(empty, empty, ())))
     try:
         return ModReader(reader, module, values).result(), captured
     except Unrecognised as error:
-        raise InvalidProgram(f"{name} is no expression of positions: {error.what}", where=error.where, why=error.why) from error
+        what = f"{name} is no expression of positions: {error.what}"
+        raise InvalidProgram(what, where=error.where, why=error.why, do=error.do) from error

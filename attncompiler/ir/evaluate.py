@@ -72,6 +72,9 @@ def _fmix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+LARGEST_UNIFORM = 1.0 - 2.0**-24
+
+
 def uniform(seed: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
     """The stream of `Uniform`: float32 in [0, 1), the same on every lowering and device.
 
@@ -126,8 +129,10 @@ class Block:
             return torch.matmul(left.squeeze(3), right.squeeze(2).transpose(-1, -2))
         if isinstance(expr, Uniform):
             extents, at = self.extents, self.positions
-            row = (at["b"] * extents["h"] + at["h"]) * extents["q_idx"] + at["q_idx"]
-            return uniform(self.tensors[expr.seed.tensor].reshape(()), row, at["kv_idx"]).to(self.dtype)
+            row, column = (at["b"] * extents["h"] + at["h"]) * extents["q_idx"] + at["q_idx"], at["kv_idx"]
+            if expr.at:
+                row, column = (self.tensor(place) for place in expr.at)
+            return uniform(self.tensors[expr.seed.tensor].reshape(()), row, column).to(self.dtype)
         assert isinstance(expr, Apply)
         args = [self(arg) for arg in expr.args]
         if expr.op == "to_float" and isinstance(args[0], Tensor):

@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 
 class Kind(enum.Enum):
@@ -102,18 +103,21 @@ class Dot(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Expr):
-    """A number in [0, 1) for each (b, h, q_idx, kv_idx) from a counter-based stream; `seed` reads one int64."""
+    """A number in [0, 1) from a counter-based stream; `seed` reads one int64.
+
+    One for each (b, h, q_idx, kv_idx), or for each `at` = (row, column): integers that vary with q_idx and with kv_idx."""
 
     seed: Read
+    at: tuple[Expr, ...] = ()
 
     @property
     def children(self) -> tuple[Expr, ...]:
-        return (self.seed,)
+        return (self.seed, *self.at)
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
-        (seed,) = children
+        seed, *at = children
         assert isinstance(seed, Read)
-        return Uniform(seed)
+        return Uniform(seed, tuple(at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +187,7 @@ def walk(expr: Expr) -> Iterator[Expr]:
 def axes_of(expr: Expr) -> frozenset[str]:
     """The axes that the value of `expr` varies with."""
     names = {node.name for node in walk(expr) if isinstance(node, Axis)}
-    if any(isinstance(node, Uniform) for node in walk(expr)):
+    if any(isinstance(node, Uniform) and not node.at for node in walk(expr)):
         names |= {axis.name for axis in AXES}
     return frozenset(names)
 
@@ -269,7 +273,7 @@ def _recomposed(terms: dict[Expr, int]) -> dict[Expr, int]:
     """x // c * c + x % c is x."""
     for low, factor in list(terms.items()):
         if isinstance(low, Apply) and low.op == "mod" and (divisor := _int(low.args[1])) is not None:
-            high = Apply("floordiv", low.args)
+            high = apply("floordiv", *low.args)
             if terms.get(high) == factor * divisor:
                 rest = {term: f for term, f in terms.items() if term not in (low, high)}
                 rest[low.args[0]] = rest.get(low.args[0], 0) + factor
@@ -328,6 +332,13 @@ def conjuncts(expr: Expr) -> tuple[Expr, ...]:
     return () if expr == TRUE else (expr,)
 
 
+def disjuncts(expr: Expr) -> tuple[Expr, ...]:
+    """`expr` as a flat tuple of parts of which one must hold."""
+    if isinstance(expr, Apply) and expr.op == "or":
+        return disjuncts(expr.args[0]) + disjuncts(expr.args[1])
+    return (expr,)
+
+
 _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
 
 
@@ -363,27 +374,33 @@ _MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "
 
 
 def with_axis_alone(expr: Expr, axis: Axis) -> Expr:
-    """Every comparison of integers in `expr` with `axis` by itself on the left, where it can be: q - kv <= 7 as kv >= q - 7."""
+    """Every comparison of integers in `expr` with what depends on `axis` by itself on the left, where it can be.
+
+    q - kv <= 7 as kv >= q - 7, and q // 4 - kv // 4 < 2 as kv // 4 > q // 4 - 2: the right side is then one value a row."""
 
     def visit(node: Expr) -> Expr | None:
         if not (isinstance(node, Apply) and node.op in _MIRRORED and all(surely_int(arg) for arg in node.args)):
             return None
         terms, constant = _linear(Apply("sub", node.args))
-        sign = terms.pop(axis, 0)
-        if abs(sign) != 1 or any(axis.name in axes_of(term) for term in terms):
+        mine = {term: factor for term, factor in terms.items() if axis.name in axes_of(term)} or dict(terms)
+        if not mine or any(axes_of(term) >= {"q_idx", "kv_idx"} for term in mine):
             return None
+        sign = 1 if next(iter(mine.values())) > 0 else -1
         op, constant = (node.op if sign == 1 else _MIRRORED[node.op]), -sign * constant
-        if terms and op == "lt" and constant > 0:  # kv < q + 1 is kv <= q
+        others = {term: -sign * factor for term, factor in terms.items() if term not in mine}
+        if others and op == "lt" and constant > 0:  # kv < q + 1 is kv <= q
             op, constant = "le", constant - 1
-        elif terms and op == "gt" and constant < 0:
+        elif others and op == "gt" and constant < 0:
             op, constant = "ge", constant + 1
-        return Apply(op, (axis, _from_linear({term: -sign * factor for term, factor in terms.items()}, constant)))
+        left = _from_linear({term: sign * factor for term, factor in mine.items()}, 0)
+        return Apply(op, (left, _from_linear(others, constant)))
 
     return transform(expr, visit)
 
 
 def settled(predicate: Expr, axis: Axis) -> Expr:
-    """The predicate with `axis` alone in its comparisons, and of bounds that differ by a constant only the tightest."""
+    """The predicate with `axis` alone in its comparisons, of bounds that differ by a constant only the tightest, and in
+    alternatives nothing that must hold anyway."""
     parts = conjuncts(with_axis_alone(predicate, axis))
     tightest: dict[object, tuple[int, Expr]] = {}
     for part in parts:
@@ -392,8 +409,17 @@ def settled(predicate: Expr, axis: Axis) -> Expr:
             key, reach = bound
             if key not in tightest or reach < tightest[key][0]:
                 tightest[key] = reach, part
+
+    def holds(part: Expr) -> bool:
+        bound = _bound(part, axis)
+        return part in parts or (bound is not None and bound[0] in tightest and bound[1] >= tightest[bound[0]][0])
+
+    def shortened(part: Expr) -> Expr:
+        alternatives = [conj(*(p for p in conjuncts(each) if not holds(p))) for each in disjuncts(part)]
+        return reduce(lambda one, other: apply("or", one, other), alternatives)
+
     kept = [part for part in parts if (bound := _bound(part, axis)) is None or tightest[bound[0]][1] == part]
-    return conj(*dict.fromkeys(kept))
+    return conj(*dict.fromkeys(shortened(part) if len(disjuncts(part)) > 1 else part for part in kept))
 
 
 def _bound(part: Expr, axis: Axis) -> tuple[object, int] | None:
@@ -450,7 +476,19 @@ def _integer_division(op: str, left: Expr, right: Expr) -> Expr:
                     return remainder
                 return add(_from_linear(whole, constant // divisor), remainder)
             return _from_linear(whole, constant // divisor) if op == "floordiv" else ZERO
+        if (
+            op == "floordiv"
+            and isinstance(left, Apply)
+            and left.op == op
+            and (inner := _int(left.args[1])) is not None
+            and inner > 0
+        ):
+            return apply(op, left.args[0], Const(inner * divisor))
     return Apply(op, (left, right))
+
+
+def _is_truth(expr: Expr) -> bool:
+    return isinstance(expr, Apply) and OPERATORS[expr.op].kind is Kind.BOOL
 
 
 def _logic(op: str, args: tuple[Expr, ...]) -> Expr:
@@ -473,6 +511,10 @@ def _logic(op: str, args: tuple[Expr, ...]) -> Expr:
             return condition
         if (yes, no) == (FALSE, TRUE):
             return apply("not", condition)
+        if yes in (TRUE, FALSE) and _is_truth(no):
+            return apply("or", condition, no) if yes == TRUE else apply("and", apply("not", condition), no)
+        if no in (TRUE, FALSE) and _is_truth(yes):
+            return apply("or", apply("not", condition), yes) if no == TRUE else apply("and", condition, yes)
         return yes if yes == no else Apply(op, args)
     left, right = args
     if left == right:

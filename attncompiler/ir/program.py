@@ -13,8 +13,8 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from attncompiler.ir.expr import (
     AXES,
@@ -185,6 +185,20 @@ class Attention:
         used = {read.tensor for expr in (self.score, *self.weigh.extra, self.adjust) for read in reads_of(expr)}
         used.add(self.sum.tensor)
         return tuple(decl.name for decl in self.tensors if decl.name in used and decl.dtype.kind is Kind.FLOAT)
+
+
+def each_clause(program: Attention, change: Callable[[Expr], Expr]) -> Attention:
+    """A change of the expression of every clause; the value stays a read."""
+    value = change(program.sum)
+    assert isinstance(value, Read)
+    return replace(
+        program,
+        score=change(program.score),
+        keep=replace(program.keep, predicate=change(program.keep.predicate)),
+        weigh=Softmax(tuple(change(extra) for extra in program.weigh.extra)),
+        adjust=change(program.adjust),
+        sum=value,
+    )
 
 
 def kind_of(expr: Expr, decls: Mapping[str, TensorDecl]) -> Kind:

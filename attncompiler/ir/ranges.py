@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from attncompiler.ir.expr import Apply, Axis, Const, Expr
+from attncompiler.ir.expr import FALSE, TRUE, ZERO, Apply, Axis, Const, Expr, Uniform, apply, surely_int, transform
 
 
 def range_of(expr: Expr, extents: Mapping[Axis, int]) -> tuple[float, float]:
@@ -41,3 +41,42 @@ def range_of(expr: Expr, extents: Mapping[Axis, int]) -> tuple[float, float]:
         if expr.op == "mod":
             return 0.0, c - 1
     return anything
+
+
+# Whether a comparison holds of every left value in [low, high] and every right one in [least, most].
+_ALWAYS: Mapping[str, Callable[[float, float, float, float], bool]] = {
+    "lt": lambda low, high, least, most: high < least, "le": lambda low, high, least, most: high <= least,
+    "gt": lambda low, high, least, most: low > most, "ge": lambda low, high, least, most: low >= most,
+}  # fmt: skip
+_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
+
+
+def within(expr: Expr, extents: Mapping[Axis, int]) -> Expr:
+    """`expr` without what axes of these sizes leave nothing to do for: q_idx % 64 and q_idx < 64 among 64 queries, say."""
+
+    def visit(node: Expr) -> Expr | None:
+        if isinstance(node, Uniform):
+            return node  # its cells vary with queries and keys, be there one of either
+        if not isinstance(node, Apply) or node.op not in (*_ALWAYS, "floordiv", "mod", "minimum", "maximum"):
+            return None
+        left, right = (transform(arg, visit) for arg in node.args)
+        known = _settled_by_ranges(node.op, left, right, extents) if surely_int(left) and surely_int(right) else None
+        return known or apply(node.op, left, right)
+
+    return transform(expr, visit)
+
+
+def _settled_by_ranges(op: str, left: Expr, right: Expr, extents: Mapping[Axis, int]) -> Expr | None:
+    (low, high), (least, most) = range_of(left, extents), range_of(right, extents)
+    if op in _ALWAYS:
+        for kind, answer in ((op, TRUE), (_OPPOSITE[op], FALSE)):
+            if _ALWAYS[kind](low, high, least, most):
+                return answer
+    elif op in ("minimum", "maximum"):
+        if high <= least:
+            return left if op == "minimum" else right
+        if most <= low:
+            return right if op == "minimum" else left
+    elif isinstance(right, Const) and low >= 0 and high < int(right.value):
+        return ZERO if op == "floordiv" else left
+    return None

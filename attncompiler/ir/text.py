@@ -60,7 +60,7 @@ def _print(expr: Expr) -> tuple[str, int]:
     if isinstance(expr, Dot):
         return f"dot({expr_text(expr.left)}, {expr_text(expr.right)})", atom
     if isinstance(expr, Uniform):
-        return f"uniform({expr_text(expr.seed)})", atom
+        return f"uniform({_sizes(expr.children)})", atom
     assert isinstance(expr, Apply)
     symbol = OPERATORS[expr.op].symbol
     if not symbol:
@@ -154,10 +154,10 @@ def _build(node: ast.expr) -> Expr:
             a, b = _build(left), _build(right)
             if isinstance(a, Read) and isinstance(b, Read):
                 return Dot(a, b)
-        case ast.Call(func=ast.Name(id="uniform"), args=[seed]):
+        case ast.Call(func=ast.Name(id="uniform"), args=[seed, *at]) if len(at) in (0, 2):
             read = _build(seed)
             if isinstance(read, Read):
-                return Uniform(read)
+                return Uniform(read, tuple(_build(place) for place in at))
         case ast.Call(func=ast.Name(id=name), args=args) if name in OPERATORS and len(args) == OPERATORS[name].arity:
             return apply(name, *(_build(arg) for arg in args))
     raise ParseError(f"not in the language: {ast.unparse(node)!r}", do="see docs/language.md for the operators")

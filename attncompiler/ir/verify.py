@@ -87,7 +87,20 @@ def value_axes(program: Attention) -> bool:
 @invariant("keep is a predicate that reads no score")
 def keep_is_a_predicate(program: Attention) -> bool:
     predicate = program.keep.predicate
-    return kind_of(predicate, program.decls) is Kind.BOOL and not any(isinstance(n, Dot | Uniform) for n in walk(predicate))
+    scores = (n for n in walk(predicate) if isinstance(n, Dot) or (isinstance(n, Uniform) and not n.at))
+    return kind_of(predicate, program.decls) is Kind.BOOL and not any(scores)
+
+
+@invariant("a uniform number has a row that varies with q_idx and a column that varies with kv_idx, or none of these")
+def places_of_uniforms(program: Attention) -> bool:
+    return all(
+        len(node.at) in (0, 2)
+        and all(kind_of(place, program.decls) is Kind.INT for place in node.at)
+        and all(axis in axes_of(place) for axis, place in zip(("q_idx", "kv_idx"), node.at, strict=False))
+        for root in _roots(program)
+        for node in walk(root)
+        if isinstance(node, Uniform)
+    )
 
 
 @invariant("extra scores vary over b, h and q_idx only")

@@ -94,7 +94,7 @@ BOOLEAN_ONLY = frozenset({"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_n
 
 
 def base_name(target: object) -> str:
-    """ "masked_fill" of aten.masked_fill.Scalar; "" for anything that is not an ATen operator."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+    """ "masked_fill" of aten.masked_fill.Scalar; "" for what is neither an ATen operator nor one of ours."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "attncompiler"):
         return target._schema.name.split("::")[1]
     return ""

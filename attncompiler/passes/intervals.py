@@ -6,15 +6,16 @@ one axis only (a length, a document id, a grid coordinate) is evaluated exactly 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from attncompiler.ir.evaluate import TORCH, Block
-from attncompiler.ir.expr import OPERATORS, Apply, Axis, Const, Expr, Kind, Read, Size, axes_of
+from attncompiler.ir.evaluate import LARGEST_UNIFORM, TORCH, Block, uniform
+from attncompiler.ir.expr import OPERATORS, Apply, Axis, Const, Expr, Kind, Read, Size, Uniform, axes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +57,11 @@ class Tiles:
         if not {"q_idx", "kv_idx"} <= axes:
             return self._exact(expr, axes)
         if isinstance(expr, Read):
-            return self._pairs(expr)
+            return self._table(expr)
+        if isinstance(expr, Uniform):
+            return self._uniform(expr)
         assert isinstance(expr, Apply)
-        rule = RULES.get(expr.op)
-        args = [self(arg) for arg in expr.args]
-        if expr.op == "mul" and expr.args[0] == expr.args[1]:
-            rule, args = _square, args[:1]
-        if rule is not None:
-            return rule(*args)
-        return self._unknown(expr)
-
-    def _unknown(self, expr: Apply) -> Interval:
-        device = self.rows.device
-        if OPERATORS[expr.op].kind is Kind.BOOL:
-            return Interval(torch.tensor(False, device=device), torch.tensor(True, device=device))
-        return Interval(torch.tensor(-math.inf, device=device), torch.tensor(math.inf, device=device))
+        return _applied(expr, [self(arg) for arg in expr.args], self.rows.device)
 
     def _exact(self, expr: Expr, axes: frozenset[str]) -> Interval:
         """Evaluated at every position of its one axis, then reduced over each tile."""
@@ -85,6 +76,30 @@ class Tiles:
         value = value.squeeze(3)
         return Interval(*_without_nan(value, value))
 
+    def _table(self, read: Read) -> Interval:
+        """A table read at positions of both sides (a distance, a pair of blocks): its bounds where each tile reads it."""
+        table = self.block.tensors[read.tensor]
+        ranged = [place for place, entry in enumerate(read.index) if axes_of(entry) & {"q_idx", "kv_idx"}]
+        pairs = self.block.extents["q_idx"] * self.block.extents["kv_idx"]
+        is_small = math.prod(table.shape[place] for place in ranged) < pairs
+        if not is_small or not (table.dtype == torch.bool or len(ranged) == 1) or table.numel() == 0:
+            return self._pairs(read)
+        places = [self._places(entry, size) for entry, size in zip(read.index, table.shape, strict=True)]
+        return _in_boxes(table, places, ranged) if table.dtype == torch.bool else _in_runs(table, places, ranged[0])
+
+    def _uniform(self, expr: Uniform) -> Interval:
+        """One number where the tile lies in one cell of rows and columns, else any."""
+        row, column = (_number(self(place)) for place in expr.at)
+        drawn = uniform(self.block.tensors[expr.seed.tensor].reshape(()), row.lo, column.lo).double()
+        one_cell = (row.lo == row.hi) & (column.lo == column.hi)
+        return Interval(torch.where(one_cell, drawn, 0.0), torch.where(one_cell, drawn, LARGEST_UNIFORM))
+
+    def _places(self, entry: Expr, size: int) -> Interval:
+        """An index's bounds, inside its dimension as reads are."""
+        bounds = _number(self(entry))
+        lo, hi = (end.clamp(0, size - 1).to(torch.int64) for end in (bounds.lo, bounds.hi))
+        return Interval(lo, hi)
+
     def _pairs(self, read: Read) -> Interval:
         """A tensor with one value for each pair: its smallest and largest in every tile."""
         value = self.block.tensor(read)
@@ -93,6 +108,72 @@ class Tiles:
         lo, _ = _reduce(lo.transpose(2, 3), self.block_q)
         _, hi = _reduce(hi.transpose(2, 3), self.block_q)
         return Interval(lo[:, :, self.columns, self.rows], hi[:, :, self.columns, self.rows])
+
+
+def _applied(expr: Apply, args: list[Interval], device: torch.device) -> Interval:
+    """What an operator makes of bounds; the widest where no rule knows it."""
+    rule = RULES.get(expr.op)
+    if expr.op == "mul" and expr.args[0] == expr.args[1]:
+        rule, args = _square, args[:1]
+    if rule is not None:
+        return rule(*args)
+    if OPERATORS[expr.op].kind is Kind.BOOL:
+        return Interval(torch.tensor(False, device=device), torch.tensor(True, device=device))
+    return Interval(torch.tensor(-math.inf, device=device), torch.tensor(math.inf, device=device))
+
+
+def bounds(expr: Expr, leaves: Mapping[Expr, Interval]) -> Interval:
+    """Bounds of an expression of integers, from those of its leaves."""
+    memo = dict(leaves)
+
+    def go(node: Expr) -> Interval:
+        if node not in memo:
+            if isinstance(node, Const):
+                memo[node] = Interval(torch.tensor(node.value), torch.tensor(node.value))
+            else:
+                assert isinstance(node, Apply)
+                memo[node] = _applied(node, [go(arg) for arg in node.args], torch.device("cpu"))
+        return memo[node]
+
+    return go(expr)
+
+
+def _in_boxes(table: Tensor, places: Sequence[Interval], ranged: Sequence[int]) -> Interval:
+    """Whether a boolean table holds in all and in some of the box of entries that each tile reads, by counting from its corners."""
+    counted = table.to(torch.int32)
+    for place in ranged:
+        counted = counted.cumsum(place, dtype=torch.int32)
+        counted = torch.cat([torch.zeros_like(counted.narrow(place, 0, 1)), counted], place)
+    held, entries = torch.zeros((), dtype=torch.int64, device=table.device), torch.ones((), dtype=torch.int64, device=table.device)
+    for ends in itertools.product((False, True), repeat=len(ranged)):
+        last = dict(zip(ranged, ends, strict=True))
+        corner = tuple(at.hi + 1 if last.get(place) else at.lo for place, at in enumerate(places))
+        held = held + counted[corner] * (-1 if ends.count(False) % 2 else 1)
+    for place in ranged:
+        entries = entries * (places[place].hi - places[place].lo + 1)
+    return Interval(held == entries, held > 0)
+
+
+def _in_runs(table: Tensor, places: Sequence[Interval], ranged: int) -> Interval:
+    """The smallest and largest of the run of entries that each tile reads, from those of runs of 1, 2, 4, ... entries."""
+    low, high = _without_nan(table, table)
+    length = places[ranged].hi - places[ranged].lo + 1
+    count = table.shape[ranged].bit_length()
+    powers = 1 << torch.arange(count, device=table.device)
+    level = torch.bucketize(length, powers, right=True) - 1
+    found = []
+    for values, smaller in ((low, torch.minimum), (high, torch.maximum)):
+        levels = [values]
+        for power in (1 << i for i in range(count - 1)):
+            known = levels[-1]
+            beyond = known.narrow(ranged, -1, 1).expand_as(known.narrow(ranged, 0, power))  # never looked at
+            levels.append(smaller(known, torch.cat([known.narrow(ranged, power, known.shape[ranged] - power), beyond], ranged)))
+        stacked = torch.stack(levels)
+        first = [at.lo for at in places]
+        second = list(first)
+        second[ranged] = places[ranged].hi + 1 - powers[level]
+        found.append(smaller(stacked[(level, *first)], stacked[(level, *second)]))
+    return Interval(*found)
 
 
 def _reduce(values: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,7 @@ def _may_be_masked(expr: Expr, trained: frozenset[str]) -> bool:
 
 
 def _has_dot(expr: Expr) -> bool:
-    return any(isinstance(n, Dot | Uniform) for n in walk(expr))
+    return any(isinstance(n, Dot) or (isinstance(n, Uniform) and not n.at) for n in walk(expr))
 
 
 def _tame(scale: Const) -> bool:

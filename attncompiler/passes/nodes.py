@@ -71,9 +71,16 @@ def is_tensor(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Operand:
-    """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be, or a new seed."""
+    """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be; a new seed; or a table
+    that the compiler made, on the node's device."""
 
     node: Node
     channel_place: int | None = None
     dtype: torch.dtype | None = None
     is_seed: bool = False
+    table: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True where the operand is what the node is."""
+        return self == Operand(self.node)

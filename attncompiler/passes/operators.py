@@ -30,6 +30,7 @@ from attncompiler.ir.expr import (
     walk,
 )
 from attncompiler.ir.ranges import range_of
+from attncompiler.ir.text import expr_text
 from attncompiler.passes.contraction import argument
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.nodes import (
@@ -47,6 +48,7 @@ from attncompiler.passes.nodes import (
     dtype_of,
     shape_of,
 )
+from attncompiler.passes.normalise import source_line
 from attncompiler.passes.sizes import Extent, same, size_expr
 
 if TYPE_CHECKING:
@@ -314,10 +316,16 @@ def _advanced_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     out_shape = shape_of(node)[:rank]
     picked = [reader.element(e, reader.broadcast(e, out_shape, index[:rank])) for e in tensors]
     known = {axis: size for axis, size in reader.space.extents.items() if isinstance(size, int)}
-    for entry, size in zip(picked, shape_of(source), strict=False):
+    for place, (entry, size) in enumerate(zip(picked, shape_of(source), strict=False)):
         first, last = range_of(entry, known)
         if first < 0 or (isinstance(size, int) and size <= last < math.inf):  # counts from the end, or is torch's to complain of
-            return None
+            reach = f"from {first:.0f} to {last:.0f}" if math.isfinite(last - first) else "wherever that is"
+            raise Unrecognised(
+                f"a tensor {list(shape_of(source))} is read at {expr_text(entry)}, {reach}",
+                where=source_line(node),
+                why=f"its dimension {place} has {size}, and places below 0 would count from the end",
+                do="clamp the index, or give a tensor that holds all places",
+            )
     return reader.element(source, tuple(picked) + index[rank:])
 
 
@@ -400,6 +408,14 @@ def _dropout(reader: Reader, node: Node, index: Index) -> Expr | None:
     return mul(inner, apply("where", kept, Const(1.0 / (1.0 - float(p))), Const(0.0)))
 
 
+def _uniform_at(reader: Reader, node: Node, index: Index) -> Expr | None:
+    seed, *at = node.args
+    assert isinstance(seed, Node)
+    read = reader.element(seed, (ZERO,))
+    places = tuple(reader.operand(place, shape_of(node), index) for place in at)
+    return Uniform(read, places) if isinstance(read, Read) else None
+
+
 def _nan_to_num(reader: Reader, node: Node, index: Index) -> Expr | None:
     if len(node.args) > 1 and node.args[1] not in (None, 0, 0.0):
         return None
@@ -430,5 +446,6 @@ HANDLERS: Mapping[str, Handler] = {
     "softmax": _softmax(False), "_softmax": _softmax(False), "_safe_softmax": _softmax(False),
     "log_softmax": _softmax(True), "_log_softmax": _softmax(True),
     "dropout": _dropout, "dropout_": _dropout, "feature_dropout": _not_understood, "nan_to_num": _nan_to_num,
+    "uniform_at": _uniform_at,
     "sum": _reduce("sum"), "amax": _reduce("max"), "logsumexp": _reduce("lse"),
 }  # fmt: skip

@@ -12,12 +12,14 @@ from torch.fx import GraphModule, Node
 from attncompiler.errors import AttnCompilerError
 from attncompiler.explanation import Missed
 from attncompiler.ir.text import to_text
+from attncompiler.passes.constant_masks import ConstantMasks
+from attncompiler.passes.constants import Constants
 from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.normalise import capture, source_line
 from attncompiler.passes.recognise import BARRIERS, NORMALISERS, recognise, trained_nodes
 from attncompiler.passes.rewrite import rewrite
-from attncompiler.passes.site import Refusal, Site
+from attncompiler.passes.site import Recovered, Refusal, Site
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,18 @@ class CompiledGraph:
     sites: tuple[Site, ...]
     missed: tuple[Missed, ...]
 
+    @property
+    def assumed(self) -> tuple[Recovered, ...]:
+        """The rules that hold while an input of the graph holds what it holds now."""
+        return tuple(r for site in self.sites for r in site.recovered if r.recipe.source is not None)
+
 
 def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     """Needs: Dynamo's graph and its inputs. Ensures: an equal graph whose recognised attentions are single ops."""
     captured = capture(module, inputs)
     log.debug("after normalise:\n%s", captured.code)
-    sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)))
+    masks = ConstantMasks(Constants(captured, module, inputs))
+    sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)), masks)
     covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
     missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)
     left = rewrite(captured, sites)

@@ -39,6 +39,7 @@ from attncompiler.ir.expr import (
 )
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep, TensorDecl, kind_of
+from attncompiler.passes.grid import ROWS, GridTiles, box_coverage, choose_tiles, rows_keep_some
 from attncompiler.passes.intervals import Tiles
 from attncompiler.passes.spans import Span, spans
 
@@ -78,7 +79,9 @@ class TileRanges:
 class TilePlan:
     """Which tiles a program visits. `plan_b` and `plan_h` are 1 where all batches or heads share the plan.
 
-    Row p of `visited`, `full` and `partial` is (pb * plan_h + ph) * q_tiles + q_tile; `visited` is the other two together."""
+    Row p of `visited`, `full` and `partial` is (pb * plan_h + ph) * q_tiles + q_tile; `visited` is the other two together. In grid
+    tiles each row counts the `kv_tiles` tiles of a box of its own, from `origins` on (int32 [P, axes of the grid]; no axes: tiles
+    are counted from the first key). `dense_tiles`: how many tiles dense attention visits in a row."""
 
     block_q: int
     block_kv: int
@@ -86,6 +89,8 @@ class TilePlan:
     plan_h: int
     q_tiles: int
     kv_tiles: int
+    dense_tiles: int
+    origins: Tensor
     visited: TileRanges
     full: TileRanges
     partial: TileRanges
@@ -102,7 +107,8 @@ class TilePlan:
         def mirrored() -> TilePlan:
             return TilePlan.of_coverage(block_kv, block_q, coverage.transpose(2, 3).contiguous())
 
-        return TilePlan(block_q, block_kv, plan_b, plan_h, q_tiles, kv_tiles, visited, full, partial, mirrored)
+        none = torch.zeros(plan_b * plan_h * q_tiles, 0, dtype=torch.int32, device=coverage.device)
+        return TilePlan(block_q, block_kv, plan_b, plan_h, q_tiles, kv_tiles, kv_tiles, none, visited, full, partial, mirrored)
 
     @functools.cached_property
     def coverage(self) -> Tensor:
@@ -122,7 +128,7 @@ class TilePlan:
     @property
     def density(self) -> float:
         """The share of tiles that are visited. Waits for the device."""
-        tiles = self.work.numel() * self.kv_tiles
+        tiles = self.work.numel() * self.dense_tiles
         return float(self.work.sum()) / tiles if tiles else 0.0
 
     @functools.cached_property
@@ -133,16 +139,19 @@ class TilePlan:
         """The plan with the query tiles of every key tile: the order of the backward for keys and values."""
         return self._mirrored
 
-    def rows_in(self, order: Tensor) -> tuple[TileRanges, TileRanges]:
-        """The full and the partial ranges, with the query tiles of each batch and head in another order."""
+    def rows_in(self, order: Tensor) -> tuple[TileRanges, TileRanges, Tensor]:
+        """The full and the partial ranges and the origins, with the query tiles of each batch and head in another order."""
         first = torch.arange(self.plan_b * self.plan_h, device=order.device).unsqueeze(1) * self.q_tiles
         rows = (first + order).reshape(-1)
-        return self.full.of_rows(rows), self.partial.of_rows(rows)
+        return self.full.of_rows(rows), self.partial.of_rows(rows), self.origins.index_select(0, rows)
 
     def to(self, device: torch.device) -> TilePlan:
         """The same plan on another device."""
         visited, full, partial = (kind.to(device) for kind in (self.visited, self.full, self.partial))
-        return replace(self, visited=visited, full=full, partial=partial, mirrored=lambda: self.transposed().to(device))
+        return replace(
+            self, origins=self.origins.to(device), visited=visited, full=full, partial=partial,
+            mirrored=lambda: self.transposed().to(device),
+        )  # fmt: skip
 
 
 def _ranges(wanted: Tensor) -> TileRanges:
@@ -182,6 +191,38 @@ def build_plan(
     if not reads_of(predicate):
         return _static_plan(keep, shape, block_q, block_kv, device)
     return _plan(keep, operands, shape, block_q, block_kv, device)
+
+
+def plan_boxes(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool = False) -> TilePlan:
+    """The plan of a predicate over a grid in boxes of it, on the CPU. `by_keys`: that of the backward for keys."""
+    rows, columns = math.prod(tiles.rows), math.prod(tiles.columns)
+    coverage, origins = box_coverage(predicate, tokens, tiles, by_keys)
+    plan = TilePlan.of_coverage(rows, columns, coverage[None, None])
+    other = choose_tiles(predicate, tokens, columns, rows, not by_keys)
+    return replace(
+        plan, origins=origins, dense_tiles=math.ceil(tokens / columns),
+        mirrored=lambda: plan_boxes(predicate, tokens, other, not by_keys),
+    )  # fmt: skip
+
+
+def tiles_for(program: Attention, sizes: Mapping[str, int], block_q: int, block_kv: int, by_keys: bool = False) -> GridTiles:
+    """Boxes to cut the tokens of a program into, where its mask is one of a grid; ROWS elsewhere."""
+    extents = extents_of(program, sizes)
+    tokens, keep = extents["q_idx"], program.keep
+    if tokens != extents["kv_idx"] or tokens == 0:
+        return ROWS
+    predicate = _with_sizes(keep.predicate, program, sizes)
+    if keep.empty is Empty.SCORE and not rows_keep_some(predicate, tokens):
+        return ROWS
+    rows, columns = (block_kv, block_q) if by_keys else (block_q, block_kv)
+    return choose_tiles(predicate, tokens, rows, columns, by_keys)
+
+
+def build_boxes(program: Attention, sizes: Mapping[str, int], tiles: GridTiles, by_keys: bool, device: torch.device) -> TilePlan:
+    """The plan of a program in boxes that `tiles_for` chose, on `device`. Nothing of it depends on tensors."""
+    predicate = _with_sizes(program.keep.predicate, program, sizes)
+    plan = plan_boxes(predicate, extents_of(program, sizes)["q_idx"], tiles, by_keys)
+    return plan if device.type == "cpu" else plan.to(device)
 
 
 def plan_predicate(
@@ -300,10 +341,12 @@ def _of_spans(keep: Keep, positions: Callable[[], Block], heads: tuple[int, int]
         if columns is None:
             return TilePlan.of_coverage(block_kv, block_q, forward.coverage.transpose(2, 3).contiguous())
         ranges = _tile_ranges(columns, heads, block_kv, block_q, n, m, by_keys=True)
-        return TilePlan(block_kv, block_q, *heads, kv_tiles, q_tiles, *ranges, lambda: forward)
+        none = torch.zeros(heads[0] * heads[1] * kv_tiles, 0, dtype=torch.int32)
+        return TilePlan(block_kv, block_q, *heads, kv_tiles, q_tiles, q_tiles, none, *ranges, lambda: forward)
 
     ranges = _tile_ranges(rows, heads, block_q, block_kv, m, n, by_keys=False)
-    forward = TilePlan(block_q, block_kv, *heads, q_tiles, kv_tiles, *ranges, mirrored)
+    none = torch.zeros(heads[0] * heads[1] * q_tiles, 0, dtype=torch.int32)
+    forward = TilePlan(block_q, block_kv, *heads, q_tiles, kv_tiles, kv_tiles, none, *ranges, mirrored)
     return forward
 
 
@@ -471,15 +514,20 @@ def _on_the_diagonal(predicate: Expr, decls: Mapping[str, TensorDecl]) -> Expr:
     return transform(substitute(predicate, {KV_IDX: Q_IDX}), visit)
 
 
+_LONGEST_TILE = 256  # keys of a kernel's tile, at most
+
+
 @functools.lru_cache(maxsize=512)
 def keeps_only_keys(predicate: Expr, m: Expr, n: Expr) -> bool:
     """True where a query in [0, m) keeps no position from n on, as under a causal mask of a square: the end needs no test."""
     if not (isinstance(m, Const) and isinstance(n, Const) and min(int(m.value), int(n.value)) > 0):
         return False
     rows, keys = int(m.value), int(n.value)
-    block = whole({}, {}, {"b": 1, "h": 1, "q_idx": rows, "kv_idx": 2 * keys}, torch.float64, torch.device("cpu"))
+    further = torch.arange(1, 1 + max(1, math.ceil(_LONGEST_TILE / keys)))  # the last tile may reach over the end by its own length
+    extents = {"b": 1, "h": 1, "q_idx": rows, "kv_idx": keys * (1 + len(further))}
+    block = whole({}, {}, extents, torch.float64, torch.device("cpu"))
     fixed = [part for part in conjuncts(predicate) if not any(isinstance(node, Read | Size) for node in walk(part))]
-    beyond = Tiles(block, rows, keys, torch.tensor([0]), torch.tensor([1]))
+    beyond = Tiles(block, rows, keys, torch.zeros_like(further), further)
     return any(not bool(beyond(part).hi.any()) for part in fixed if axes_of(part) <= {"q_idx", "kv_idx"})
 
 

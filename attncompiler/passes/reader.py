@@ -28,6 +28,7 @@ from attncompiler.ir.expr import (
     mul,
     walk,
 )
+from attncompiler.passes.constant_masks import ConstantMasks
 from attncompiler.passes.contraction import Contraction, argument, contraction_of
 from attncompiler.passes.elementwise import BOOLEAN_ONLY, ELEMENTWISE, base_name
 from attncompiler.passes.memory import memory_root, written_roots
@@ -55,8 +56,8 @@ from attncompiler.passes.sizes import Extent, IndexSpace, same, size_expr
 class Reader:
     """Reads elements of the tensors of one graph in one index space."""
 
-    def __init__(self, module: GraphModule, space: IndexSpace, trained: frozenset[Node]) -> None:
-        self.module, self.space, self.trained = module, space, trained
+    def __init__(self, module: GraphModule, space: IndexSpace, trained: frozenset[Node], masks: ConstantMasks) -> None:
+        self.module, self.space, self.trained, self.masks = module, space, trained, masks
         self.written = written_roots(module.graph)
         self.leaves: dict[str, Operand] = {}
         self.memo: dict[tuple[Node, Index], Expr] = {}
@@ -71,7 +72,7 @@ class Reader:
                 found = self._look_through(node, index)
             except Unrecognised:
                 found = None
-            if found is None or self._better_read(node, found):
+            if found is None or self._better_read(node, found) or self._has_rule(node, index, found):
                 found = self.leaf(node, index)
             self.memo[key] = found
         return self.memo[key]
@@ -79,6 +80,21 @@ class Reader:
     def leaf(self, node: Node, index: Index) -> Read:
         self.leaves[node.name] = Operand(node)
         return Read(node.name, index)
+
+    def _has_rule(self, node: Node, index: Index, expr: Expr) -> bool:
+        """True for a constant that a rule explains better than `expr`, what it is computed from: tensors of pairs, or pieces that
+        were assigned one by one. It is lifted as a whole when the program is finished."""
+        if isinstance(expr, Read) or not self.masks.constants.is_last(node):
+            return False
+        nodes = list(walk(expr))
+        of_pairs = any(
+            isinstance(n, Read)
+            and {"q_idx", "kv_idx"} <= axes_of(n)
+            and not self.masks.explains(self.leaves[n.tensor].node, n.index)
+            for n in nodes
+        )
+        pieces = sum(isinstance(n, Apply) and n.op == "where" for n in nodes)
+        return (of_pairs or pieces > 1) and self.masks.explains(node, index)
 
     def _better_read(self, node: Node, expr: Expr) -> bool:
         """True for side inputs that are cheaper read than computed for every pair: one value a row, a column or a head."""
@@ -90,6 +106,8 @@ class Reader:
         ):
             return False
         varies = axes_of(expr)
+        if dtype_of(node) is torch.bool and not any({"q_idx", "kv_idx"} & axes_of(n) for n in nodes if isinstance(n, Read)):
+            return False  # keys before a length: a run of keys, that plans and kernels take by its end
         return not {"q_idx", "kv_idx"} <= varies or len(nodes) > INLINE_LIMIT
 
     def _look_through(self, node: Node, index: Index) -> Expr | None:
@@ -161,6 +179,8 @@ class Reader:
             if key != "out"
         }
         args = [convert(arg) for arg in node.args]
+        if name in ("fill", "masked_fill") and dtype_of(node) is torch.bool:
+            args[-1] = apply("to_bool", args[-1])  # mask[a:b] = True is a fill with the number 1
         result = ELEMENTWISE[name](*args, **named)
         return self._rounded(node, result)
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from attncompiler.errors import AttnCompilerError, Unrecognised
 from attncompiler.ir.expr import ONE, Q_IDX, Const, Expr, axes_of, dots_of, mul, reads_of
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Origin, Softmax, pair_axes
+from attncompiler.passes.constant_masks import ConstantMasks
 from attncompiler.passes.contraction import Contraction, contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.nodes import CHANNEL, KV
@@ -54,7 +55,7 @@ def _is_floating(node: Node) -> bool:
     return any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors)
 
 
-def recognise(module: GraphModule, trained: frozenset[Node]) -> tuple[list[Site], list[Refusal]]:
+def recognise(module: GraphModule, trained: frozenset[Node], masks: ConstantMasks) -> tuple[list[Site], list[Refusal]]:
     """Needs: a captured graph. Ensures: every attention is in one of the two lists. Changes nothing."""
     sites: list[Site] = []
     refusals: list[Refusal] = []
@@ -62,11 +63,11 @@ def recognise(module: GraphModule, trained: frozenset[Node]) -> tuple[list[Site]
         behind: set[Node] = set()
         try:
             if node.target in _CALLS:
-                sites.append(_CALLS[node.target](module, node, trained))
+                sites.append(_CALLS[node.target](module, node, trained, masks))
             elif (product := contraction_of(node)) is not None:
                 behind = normalisers_behind(product.left) | normalisers_behind(product.right)
                 if behind:
-                    sites.append(_product(module, node, product, trained))
+                    sites.append(_product(module, node, product, trained, masks))
         except AttnCompilerError as error:
             refusals.append(Refusal(node, error, frozenset(behind)))
     taken = {softmax for site in sites for softmax in site.softmax_nodes}
@@ -118,14 +119,14 @@ class _Letters:
     channel: str
 
 
-def _product(module: GraphModule, node: Node, product: Contraction, trained: frozenset[Node]) -> Site:
+def _product(module: GraphModule, node: Node, product: Contraction, trained: frozenset[Node], masks: ConstantMasks) -> Site:
     first = Unrecognised("no side of the product is a softmax")
     for weights, value in (("left", "right"), ("right", "left")):
         weights_node: Node = getattr(product, weights)
         if not normalisers_behind(weights_node):
             continue
         try:
-            return _oriented(module, node, product, weights, value, trained)
+            return _oriented(module, node, product, weights, value, trained, masks)
         except Unrecognised as error:
             first = error
     raise first
@@ -144,7 +145,13 @@ def _roles(product: Contraction, weights_letters: str, value_letters: str) -> _L
 
 
 def _oriented(
-    module: GraphModule, node: Node, product: Contraction, weights_side: str, value_side: str, trained: frozenset[Node]
+    module: GraphModule,
+    node: Node,
+    product: Contraction,
+    weights_side: str,
+    value_side: str,
+    trained: frozenset[Node],
+    masks: ConstantMasks,
 ) -> Site:
     weights_node: Node = getattr(product, weights_side)
     value_node: Node = getattr(product, value_side)
@@ -152,7 +159,7 @@ def _oriented(
     value_letters: str = getattr(product, f"{value_side}_letters")
     roles = _roles(product, weights_letters, value_letters)
     space = IndexSpace()
-    reader = Reader(module, space, trained)
+    reader = Reader(module, space, trained, masks)
     extent = {c: Reader.extent_of(product, c) for c in dict.fromkeys(product.left_letters + product.right_letters)}
     at: dict[str, Expr] = {c: space.axis(f"batch{i}", extent[c]) for i, c in enumerate(roles.batch)}
     space.extents[KV], space.extents[Q_IDX] = extent[roles.key], extent[roles.query] if roles.query else 1

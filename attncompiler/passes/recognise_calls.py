@@ -29,6 +29,7 @@ from attncompiler.ir.expr import (
     mul,
 )
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Origin, Softmax
+from attncompiler.passes.constant_masks import ConstantMasks
 from attncompiler.passes.nodes import CHANNEL, KV, Index, Operand, dtype_of, shape_of
 from attncompiler.passes.normalise import source_line
 from attncompiler.passes.reader import Reader
@@ -36,14 +37,14 @@ from attncompiler.passes.site import Site, finish, name_batch_axes
 from attncompiler.passes.sizes import IndexSpace, size_expr
 
 
-def sdpa(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
+def sdpa(module: GraphModule, node: Node, trained: frozenset[Node], masks: ConstantMasks) -> Site:
     """scaled_dot_product_attention with every argument. An empty row gives 0; `is_causal` counts from the first key."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value = given["query"], given["key"], given["value"]
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     space = IndexSpace()
-    reader = Reader(module, space, trained)
+    reader = Reader(module, space, trained, masks)
     out_shape = shape_of(node)
     letters = "abcdefgh"[: len(out_shape) - 2]
     at: dict[str, Expr] = {c: space.axis(f"batch{i}", out_shape[i]) for i, c in enumerate(letters)}
@@ -107,7 +108,7 @@ class ModReader(Reader):
     """Reads a score_mod or mask_mod: its placeholders are the score, the positions and the captured tensors."""
 
     def __init__(self, outer: Reader, module: GraphModule, bound: Sequence[Expr | Node]) -> None:
-        super().__init__(module, outer.space, frozenset())
+        super().__init__(module, outer.space, frozenset(), outer.masks)
         self.leaves = outer.leaves
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.bound = dict(zip(placeholders, bound, strict=True))
@@ -123,6 +124,13 @@ class ModReader(Reader):
             self.leaves[value.name] = Operand(value)
             return Read(value.name, index)
         return value if value is not None else super()._look_through(node, index)
+
+    def element(self, node: Node, index: Index) -> Expr:
+        key = (node, index)
+        if key not in self.memo:
+            found = self._look_through(node, index)  # a reason passes on: what it stands in has no expression either
+            self.memo[key] = self.leaf(node, index) if found is None else found
+        return self.memo[key]
 
     def leaf(self, node: Node, index: Index) -> Read:
         raise Unrecognised(f"the mod uses {node.target}, which has no expression", where=source_line(node))
@@ -140,7 +148,7 @@ class ModReader(Reader):
 _NO_BLOCKS = 1 << 30  # flex_attention's block size when no block mask is given
 
 
-def flex(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
+def flex(module: GraphModule, node: Node, trained: frozenset[Node], masks: ConstantMasks) -> Site:
     """flex_attention with its mods as programs; the block mask's tables are not used: its mask_mod says the same, exactly."""
     arguments: Sequence[Any] = node.args
     query, key, value, score_mod, block_mask, scale, _, score_captured, mask_captured = arguments[:9]
@@ -150,7 +158,7 @@ def flex(module: GraphModule, node: Node, trained: frozenset[Node]) -> Site:
     if 0 not in pieces or set(pieces) - {0, 1}:
         raise Unrecognised("the row maxima of flex_attention are read", do="return the logsumexp instead")
     space = IndexSpace()
-    reader = Reader(module, space, trained)
+    reader = Reader(module, space, trained, masks)
     b, h, m, _d = shape_of(query)
     n = shape_of(key)[2]
     at: dict[str, Expr] = {"b": space.axis("batch0", b), "h": space.axis("batch1", h)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -33,8 +35,9 @@ def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
             break
         left += [(site, _WEIGHTS_READ) for site in wanted if site.softmax_nodes & alive]
         wanted = kept
+    replaced: dict[Node, Node] = {}
     for site in wanted:
-        _replace(module.graph, site)
+        replaced[site.output] = _replace(module.graph, site, replaced)
     _drop_dead_code(module.graph)
     module.graph.lint()
     module.recompile()
@@ -84,10 +87,11 @@ def _drop_dead_code(graph: Graph) -> None:
 # ------------------------------------------------------------------------------------------------- building the op
 
 
-def _replace(graph: Graph, site: Site) -> None:
+def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
+    """What stands for the site's product. `replaced`: what stands for those before it, whose results it may read."""
     node = site.output
     with graph.inserting_before(node):
-        operands = [_operand(graph, operand) for operand in site.operands]
+        operands = [_operand(graph, operand, replaced.get(operand.node, operand.node)) for operand in site.operands]
         sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
         # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
         turned = all(base_name(user.target) in PERMUTES for user in node.users)
@@ -108,6 +112,7 @@ def _replace(graph: Graph, site: Site) -> None:
     o.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(o)
     graph.erase_node(node)
+    return o
 
 
 def _lse(graph: Graph, site: Site, node: Node, result: Node) -> Node:
@@ -120,19 +125,32 @@ def _lse(graph: Graph, site: Site, node: Node, result: Node) -> Node:
     return graph.call_function(aten.to.dtype, (lse, value.dtype))
 
 
-def _operand(graph: Graph, operand: Operand) -> Node:
-    node = operand.node
+def _operand(graph: Graph, operand: Operand, node: Node) -> Node:
+    """An operand of a program; `node` is where it lies now."""
     if operand.is_seed:
         device = node.meta["val"].device
         return graph.call_function(
             aten.randint.low, (-(2**62), 2**62, [1]), {"dtype": torch.int64, "device": device, "pin_memory": False}
         )
+    if operand.table is not None:
+        return _table(graph, operand.table.to(node.meta["val"].device))
     if operand.channel_place is not None:
         order = [d for d in range(node.meta["val"].dim()) if d != operand.channel_place] + [operand.channel_place]
         node = graph.call_function(aten.permute.default, (node, order))
     if operand.dtype is not None:
         node = graph.call_function(aten.to.dtype, (node, operand.dtype))
     return node
+
+
+def _table(graph: Graph, table: torch.Tensor) -> Node:
+    """A tensor as a buffer of the graph's module."""
+    module = graph.owning_module
+    assert module is not None
+    name = next(name for i in itertools.count() if not hasattr(module, name := f"attention_table{i}"))
+    module.register_buffer(name, table, persistent=False)
+    found = graph.get_attr(name)
+    found.meta["val"] = table
+    return found
 
 
 def _extent(graph: Graph, before: Node, extent: int | torch.SymInt) -> int | Node:

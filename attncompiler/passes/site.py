@@ -12,12 +12,15 @@ from torch.fx import Graph, Node
 
 from attncompiler.errors import AttnCompilerError, Unrecognised
 from attncompiler.ir.expr import (
+    AXES,
     KV_IDX,
     ONE,
     OPERATORS,
+    TRUE,
     Apply,
     Axis,
     B,
+    Const,
     Expr,
     H,
     Read,
@@ -31,9 +34,13 @@ from attncompiler.ir.expr import (
     substitute,
     transform,
 )
-from attncompiler.ir.program import Attention, Dtype, Keep, Softmax, TensorDecl
-from attncompiler.ir.text import to_text
+from attncompiler.ir.program import Attention, Dtype, Keep, TensorDecl, each_clause
+from attncompiler.ir.ranges import within
+from attncompiler.ir.text import expr_text, to_text
 from attncompiler.ir.verify import verify
+from attncompiler.passes.constant_masks import Recovery, View, lift_constants
+from attncompiler.passes.constants import Recipe
+from attncompiler.passes.lift_constant import LiftedTensor
 from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
 from attncompiler.passes.nodes import Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
@@ -46,6 +53,21 @@ DTYPES: Mapping[torch.dtype, Dtype] = {
     torch.bool: Dtype.BOOL, torch.uint8: Dtype.U8, torch.int8: Dtype.I8, torch.int16: Dtype.I16, torch.int32: Dtype.I32,
     torch.int64: Dtype.I64,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A constant mask that a rule stands for in a program, and how it is made."""
+
+    node: Node
+    recipe: Recipe
+    recovery: Recovery
+
+    def __str__(self) -> str:
+        shape = ", ".join(map(str, shape_of(self.node)))
+        rule = expr_text(settled(self.recovery.lifted.kept, KV_IDX))
+        how = "it is made of constants" if self.recipe.source is None else "checked at each call"
+        return f"the constant mask {self.recovery.operand} [{shape}] is lifted to {rule}; {how}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,7 @@ class Site:
     softmax_nodes: frozenset[Node] = field(default_factory=frozenset)
     lse: Node | None = None  # a node that holds lse / lse_unit, viewed as its own shape; replaced too
     lse_unit: float = 1.0
+    recovered: tuple[Recovered, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,21 +102,7 @@ class Refusal:
 
 def _rewrite(program: Attention, change: Mapping[Expr, Expr]) -> Attention:
     """Substitute axes in every clause."""
-    return _each(program, lambda expr: substitute(expr, change))
-
-
-def _each(program: Attention, go: Callable[[Expr], Expr]) -> Attention:
-    """A change of every clause."""
-    value = go(program.sum)
-    assert isinstance(value, Read)
-    return replace(
-        program,
-        score=go(program.score),
-        keep=replace(program.keep, predicate=go(program.keep.predicate)),
-        weigh=Softmax(tuple(go(e) for e in program.weigh.extra)),
-        adjust=go(program.adjust),
-        sum=value,
-    )
+    return each_clause(program, lambda expr: substitute(expr, change))
 
 
 def name_batch_axes(program: Attention, batch: list[tuple[Expr, Extent]]) -> Attention:
@@ -166,6 +175,10 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
         decls.append(TensorDecl(new, DTYPES[dtype], tuple(size_expr(s) for s in shape)))
         operands.append(operand)
     program = replace(renamed, tensors=tuple(decls))
+    program, recovered = _recover(reader, names, program)
+    values = reader.leaves[draft.sum.tensor].node
+    operands += [Operand(values, table=table) for known in recovered for table in known.recovery.tables.values()]
+    declared = [decl.name for decl in program.tensors]
     carrying = frozenset(names[old] for old in names if reader.leaves[old].node in trained)
     passes: tuple[tuple[str, Callable[[Attention], Attention]], ...] = (
         ("recognise", lambda p: p),
@@ -180,14 +193,34 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
             log.debug("after %s:\n%s", name, to_text(program))
     verify(program)
     kept = {decl.name for decl in program.tensors}
-    operands = [operand for operand, decl in zip(operands, decls, strict=True) if decl.name in kept]
+    operands = [operand for operand, name in zip(operands, declared, strict=True) if name in kept]
     sizes = _size_values(node.graph, program)
-    return Site(node, program, tuple(operands), sizes, (), ())
+    return Site(node, program, tuple(operands), sizes, (), (), recovered=recovered)
+
+
+def _recover(reader: Reader, names: Mapping[str, str], program: Attention) -> tuple[Attention, tuple[Recovered, ...]]:
+    """The program with rules for its constant masks. `names`: of the reader's leaves in the program."""
+    nodes = {new: reader.leaves[old].node for old, new in names.items() if reader.leaves[old].is_plain}
+
+    def rule_of(name: str, view: View) -> LiftedTensor | None:
+        return reader.masks.of(nodes[name], view) if name in nodes else None
+
+    program, recoveries = lift_constants(program, rule_of)
+    recovered = []
+    for recovery in recoveries:
+        node = nodes[recovery.operand]
+        constant = reader.masks.constants.of(node)
+        assert constant is not None
+        recovered.append(Recovered(node, constant.recipe, recovery))
+    return program, tuple(recovered)
 
 
 def _settle(program: Attention) -> Attention:
     """The one form of a mask: what is declared has it too."""
-    return replace(program, keep=Keep(settled(program.keep.predicate, KV_IDX), program.keep.empty))
+    sizes = {axis: program.axes.size(axis) for axis in AXES}
+    known = {axis: int(size.value) for axis, size in sizes.items() if isinstance(size, Const)}
+    predicate = settled(within(program.keep.predicate, known), KV_IDX)
+    return replace(program, keep=Keep() if predicate == TRUE else Keep(predicate, program.keep.empty))
 
 
 def _prune(program: Attention) -> Attention:
@@ -249,7 +282,7 @@ def _rename(program: Attention, names: Mapping[str, str]) -> Attention:
             return Read(names[expr.tensor], tuple(transform(i, visit) for i in expr.index))
         return None
 
-    return _each(program, lambda expr: transform(expr, visit))
+    return each_clause(program, lambda expr: transform(expr, visit))
 
 
 def _size_values(graph: Graph, program: Attention) -> dict[str, Extent]:

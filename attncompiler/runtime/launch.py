@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attncompiler.codegen.emission import Emission
 from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
+from attncompiler.errors import UnsupportedProgram
 from attncompiler.tuning.schedule import KernelSchedule, triton_is_checked
 
 Constants = Mapping[str, Any]
@@ -33,15 +35,29 @@ def describable(tensor: Tensor) -> bool:
     )
 
 
-def _descriptor(tensor: Tensor, block: tuple[int, ...], gluon: bool) -> TensorDescriptor:
+def in_grid(shape: Sequence[int], strides: Sequence[int], lengths: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The shape and strides of [b, h, tokens, channels] with its tokens in a grid of two or three axes. TMA knows five dimensions:
+    beside three axes, batch and head are one. Raises: UnsupportedProgram where they can't be."""
+    if not lengths:
+        return list(shape), list(strides)
+    (b, h, _, d), (of_b, of_h, of_token, of_d) = shape, strides
+    outer = [(b, of_b), (h, of_h)]
+    if len(lengths) == 3:
+        if b > 1 and h > 1 and of_b != h * of_h:
+            raise UnsupportedProgram("batches and heads of a tensor don't lie as one axis")
+        outer = [(b * h, of_h if h > 1 else of_b)]
+    inner = [of_token * math.prod(lengths[place + 1 :]) for place in range(len(lengths))]
+    sizes = [*(size for size, _ in outer), *lengths, d]
+    return sizes, [*(stride for _, stride in outer), *inner, of_d]
+
+
+def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], gluon: bool) -> TensorDescriptor:
     step = 16 // tensor.element_size()
-    strides = [
-        stride if size > 1 else max(stride, step) // step * step for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    strides[3] = 1
+    strides = [stride if size > 1 else max(stride, step) // step * step for size, stride in zip(shape, strides, strict=True)]
+    strides[-1] = 1
     if gluon:
-        return gluon_hopper.TensorDescriptor(tensor, list(tensor.shape), strides, list(block), shared_layout(block, tensor.dtype))
-    return TensorDescriptor(tensor, list(tensor.shape), strides, list(block))
+        return gluon_hopper.TensorDescriptor(tensor, shape, strides, list(block), shared_layout(block, tensor.dtype))
+    return TensorDescriptor(tensor, shape, strides, list(block))
 
 
 class Launch:
@@ -49,8 +65,10 @@ class Launch:
 
     def __init__(
         self, kernel: Any, name: str, grid: tuple[int, int], constants: Constants, tensors: Mapping[str, Tensor],
-        schedule: KernelSchedule, emission: Emission | None,
+        schedule: KernelSchedule, emission: Emission | None, shown: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
+        """`shown`: the vectors of the operands as [b, h, tokens, channels], by the names that kernels give them; what is not in it
+        lies so itself."""
         values = {**constants, "BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
         self._kernel = kernel[grid]
         self._grid = (*grid, 1)
@@ -72,7 +90,10 @@ class Launch:
             if block is None:
                 self._pointers.append((place, parameter))
             else:
-                self._descriptors.append((place, parameter, dict(vars(_descriptor(tensors[parameter], block, gluon)))))
+                view = shown.get(parameter, tensors[parameter])
+                shape, strides = in_grid(view.shape, view.stride(), tuple(axis.length for axis in schedule.tiles.axes))
+                made = _descriptor(tensors[parameter], shape, strides, block, gluon)
+                self._descriptors.append((place, parameter, dict(vars(made))))
 
     def __call__(self, tensors: Mapping[str, Tensor], plan: Constants = _NO_PLAN) -> None:
         """Launch with the tensors of a call; those of `plan` come first."""

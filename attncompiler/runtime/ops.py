@@ -25,10 +25,7 @@ _LIBRARY.define(
 
 
 def _bind(program: Attention, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    return (
-        {decl.name: tensor for decl, tensor in zip(program.tensors, operands, strict=True)},
-        dict(zip(program.sizes, sizes, strict=True)),
-    )
+    return dict(zip(program.decls, operands, strict=True)), dict(zip(program.sizes, sizes, strict=True))
 
 
 @torch.library.impl(_LIBRARY, "attention", "CompositeImplicitAutograd")

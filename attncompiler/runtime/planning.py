@@ -13,7 +13,7 @@ from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
 from attncompiler.ir.expr import AXES, axes_of, conj, conjuncts, reads_of
 from attncompiler.ir.program import Attention, Empty, Keep
-from attncompiler.passes.plan import TilePlan, TileRanges, build_plan
+from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan
 from attncompiler.runtime.launch import Constants, Launch
 from attncompiler.tuning.schedule import KernelSchedule
 
@@ -27,9 +27,9 @@ class Planner:
     ) -> None:  # fmt: skip
         self._program, self._sizes, self._extents, self._device = program, sizes, extents, device
         self._schedule, self._by_keys = schedule, by_keys
-        self.is_static = not reads_of(program.keep.predicate)
+        self.is_static = bool(schedule.tiles) or not reads_of(program.keep.predicate)
         tiles = -(-max(extents["q_idx"], extents["kv_idx"]) // 16)
-        self._on_device = tiles <= MOST_TILES and has_plan_kernel(program)
+        self._on_device = not self.is_static and tiles <= MOST_TILES and has_plan_kernel(program)
         self._tables: Constants = {}
         self._kernel: _PlanKernel | None = None
 
@@ -42,8 +42,9 @@ class Planner:
         if not (self.is_static and self._tables):
             plan = self._rows(self._program, operands)
             order = _order(plan)
-            full, partial = plan.rows_in(order)
+            full, partial, origins = plan.rows_in(order)
             self._tables = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order}
+            self._tables |= {"Origins": origins} if self._schedule.tiles else {}
         if self.is_static:
             return self._tables
         return {**self._tables, "NextRow": torch.zeros(1, dtype=torch.int32, device=self._device)}
@@ -54,6 +55,8 @@ class Planner:
         return bool(work.max() <= 1.25 * work.mean())
 
     def _rows(self, program: Attention, operands: Mapping[str, Tensor]) -> TilePlan:
+        if self._schedule.tiles:
+            return build_boxes(program, self._sizes, self._schedule.tiles, self._by_keys, self._device)
         plan = build_plan(program, operands, self._sizes, self._schedule.block_m, self._schedule.block_n)
         return plan.transposed() if self._by_keys else plan
 
@@ -95,7 +98,7 @@ class _PlanKernel:
         kernel = getattr(module, "plan_columns" if by_keys else "plan_rows")
         schedule = KernelSchedule(block, column_block, 8, 1)
         tensors = {**raw, **self._tables()}
-        self._launch = Launch(kernel, "plan", (rows, shared), {**constants, **literals}, tensors, schedule, None)
+        self._launch = Launch(kernel, "plan", (rows, shared), {**constants, **literals}, tensors, schedule, None, {})
 
     def _tables(self) -> dict[str, Any]:
         memory = torch.empty(sum(self._lengths), dtype=torch.int32, device=self._device)

@@ -23,9 +23,9 @@ from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, TRUE, Axis, Read
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention
 from attncompiler.passes.plan import proved_nonempty
-from attncompiler.runtime.launch import Constants, Launch, describable
+from attncompiler.runtime.launch import Constants, Launch, describable, in_grid
 from attncompiler.runtime.planning import Planner
-from attncompiler.tuning.schedule import KernelSchedule, choose_schedule
+from attncompiler.tuning.schedule import KernelSchedule, Schedule, choose_schedule, in_boxes
 from attncompiler.tuning.target import Target, target_of_capability
 
 
@@ -75,6 +75,7 @@ class Prepared:
         self.program, self.sizes = program, sizes
         self.extents = extents_of(program, sizes)
         self.device = operands[program.sum.tensor].device
+        self.no_rcp = torch.empty(0, dtype=torch.float32, device=self.device)  # of programs without rcp; holds nothing
         self._positions = whole({}, sizes, self.extents, torch.float32, self.device).positions
         self._launches: dict[tuple[Any, ...], Launch] = {}
         views = self.views(operands)
@@ -89,11 +90,31 @@ class Prepared:
         descriptors = target.descriptors and all(
             describable(view.tensor) and view.tensor.shape[2] == self.length(read) for read, view in views.items()
         )
-        self.schedule = choose_schedule(program, target, descriptors, few_queries=self.extents["q_idx"] <= 16)
+        self.schedule = self._schedule(target, descriptors, views)
         heads = self.extents["h"]
         self.groups = tuple(view.group if view.tensor.shape[1] > 1 or heads == 1 else heads for view in views.values())
         self.constants = self._constants(operands, views)
         self._planners: dict[str, Planner] = {}
+
+    def _schedule(self, target: Target, descriptors: bool, views: Mapping[Read, VectorView]) -> Schedule:
+        """Tiles are boxes where the mask is one of a grid; by descriptors if these can show the grid."""
+        few = self.extents["q_idx"] <= 16
+        chosen = choose_schedule(self.program, target, descriptors, few_queries=few)
+        boxed = in_boxes(chosen, self.program, self.sizes)
+        axes = boxed.forward.tiles.axes
+        if descriptors and axes and not self._shows_grid(views, boxed):
+            return in_boxes(choose_schedule(self.program, target, False, few_queries=few), self.program, self.sizes)
+        return boxed
+
+    def _shows_grid(self, views: Mapping[Read, VectorView], schedule: Schedule) -> bool:
+        """True where descriptors can load boxes of the grid. The output and its gradient have batches and heads apart."""
+        tiles = schedule.forward.tiles
+        if not tiles.is_dense or len(tiles.axes) < 2:
+            return False
+        if len(tiles.axes) == 3 and min(self.extents["b"], self.extents["h"]) > 1:
+            return False
+        lengths = tuple(axis.length for axis in tiles.axes)
+        return all(len(in_grid(view.tensor.shape, view.tensor.stride(), lengths)[0]) <= 5 for view in views.values())
 
     def length(self, read: Read) -> int:
         """How many positions the vectors of a read go along; a view of length 1 shows one vector for all of them."""
@@ -177,6 +198,7 @@ class Prepared:
             tiles, rows = -(-self.extents["kv_idx"] // schedule.block_n), b * (h // shared_heads(self.program, self.groups))
         else:
             tiles, rows = -(-self.extents["q_idx"] // schedule.block_m), b * h
+        tiles = schedule.tiles.row_tiles if schedule.tiles else tiles
         grid = (tiles, rows)
         if emission.has_warp_roles(name):
             alike = emission.takes_tickets or self._planners[name].rows_alike(operands)
@@ -184,7 +206,8 @@ class Prepared:
         static = name not in self._planners or self._planners[name].is_static
         kept = {key: value for key, value in plan.items() if static or not isinstance(value, Tensor)}
         fixed = {**self.constants, **constants, **kept}
-        return Launch(getattr(module, name), name, grid, fixed, tensors, schedule, emission)
+        shown = {pointer_name(read.tensor): view.tensor for read, view in self.views(operands).items()}
+        return Launch(getattr(module, name), name, grid, fixed, tensors, schedule, emission, shown)
 
 
 _PREPARED: dict[tuple[Any, ...], Prepared] = {}
@@ -198,7 +221,7 @@ def prepare(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
         program,
         *sizes.values(),
         operands[program.sum.tensor].device,
-        *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors],
+        *[(t.shape, t.stride(), t.data_ptr() & 15) for t in tensors],  # the program has their dtypes
     )
     found = _PREPARED.get(key)
     if found is None:

@@ -47,7 +47,7 @@ def forward(
     strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
     o = torch.empty_strided((b, h, m, d), strides, dtype=value.dtype, device=value.device)
     lse = torch.empty((b, h, m), dtype=torch.float32, device=value.device)
-    rcp = torch.empty((b, h, m) if program.has_rcp else (0,), dtype=torch.float32, device=value.device)
+    rcp = torch.empty((b, h, m), dtype=torch.float32, device=value.device) if program.has_rcp else call.no_rcp
     if o.numel() == 0:
         return o, lse, rcp
     tensors = call.pointers(operands)

@@ -3,7 +3,8 @@
 The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones. Each group
 owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the softmax: so one
 group's softmax runs while the other group's products do. Each program takes every `num_programs`-th row of query tiles; with fewer
-programs than rows, the loads of the next row run under the end of the last.
+programs than rows, the loads of the next row run under the end of the last. Tiles that are boxes of a grid come through descriptors
+of the grid; the numbers of a row then also say where the box of its keys begins.
 """
 
 KERNEL = '''
@@ -28,9 +29,10 @@ def _row_sums(p):
 @gluon.jit
 def _row(item, tables, sizes):
     """One row of query tiles: where it lies, and the first range of either kind of tile; all is read at once."""
-    order, full_count, full_begin, full_end, full_ranges, partial_count, partial_begin, partial_end, partial_ranges = tables
+    order, full_count, full_begin, full_end, full_ranges = tables[:5]
+    partial_count, partial_begin, partial_end, partial_ranges{Origins} = tables[5:]
     H, M = sizes
-    q_tiles = gl.cdiv(M, BLOCK_M)
+    q_tiles = {q_tiles}
     b = item // q_tiles // H
     h = item // q_tiles % H
     rank = item % q_tiles
@@ -48,7 +50,8 @@ def _row(item, tables, sizes):
     partials = gl.where(empty, 1, partials)
     partial_first = gl.where(empty, 0, partial_first)
     partial_last = gl.where(empty, 1, partial_last)
-    return b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last
+    {origins}
+    return b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names}
 
 
 @gluon.jit
@@ -57,7 +60,7 @@ def _post(row, message):
     WORDS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     places = gl.arange(0, 16, WORDS)
     words = gl.full([16], row[0], gl.int32, WORDS)
-    for i in gl.static_range(1, 11):
+    for i in gl.static_range(1, {words}):
         words = gl.where(places == i, row[i], words)
     message.store(words)
 
@@ -68,16 +71,18 @@ def _word(words, places, i: gl.constexpr):
 
 
 @gluon.jit
-def _load_tile({K}, {V}, rings, barriers, at, slot, phase):
-    b, h, tile = at
+def _load_tile({K}, {V}, rings, barriers, sizes, at, slot, phase):
+    H, M = sizes
+    b, h, tile{origin_names} = at
+    {key_corner}
     k_ring, v_ring = rings
     k_ready, k_free, v_ready, v_free = barriers
     mbarrier.wait(k_free.index(slot), phase)
     mbarrier.expect(k_ready.index(slot), {K}.block_type.nbytes)
-    tma.async_copy_global_to_shared({K}, [b, {k_head}, tile * BLOCK_N, 0], k_ready.index(slot), k_ring.index(slot))
+    tma.async_copy_global_to_shared({K}, [{k_at}, 0], k_ready.index(slot), k_ring.index(slot))
     mbarrier.wait(v_free.index(slot), phase)
     mbarrier.expect(v_ready.index(slot), {V}.block_type.nbytes)
-    tma.async_copy_global_to_shared({V}, [b, {v_head}, tile * BLOCK_N, 0], v_ready.index(slot), v_ring.index(slot))
+    tma.async_copy_global_to_shared({V}, [{v_at}, 0], v_ready.index(slot), v_ring.index(slot))
     return _next_slot(slot, phase)
 
 
@@ -85,6 +90,7 @@ def _load_tile({K}, {V}, rings, barriers, at, slot, phase):
 def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
     q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
     item, last, step, NextRow = items
+    H, M = sizes
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
@@ -92,7 +98,8 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
     while item < last:
         row = _row(item, tables, sizes)
         {next_item}
-        b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last = row
+        b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
+        {query_corner}
         mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
         _post(row, messages.index(turn % 2))
         mbarrier.arrive(row_ready.index(turn % 2))
@@ -100,22 +107,22 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
             at = turn % 2 * 2 + group
             mbarrier.wait(q_free.index(at), (turn // 2 + 1) % 2)
             mbarrier.expect(q_ready.index(at), {Q}.block_type.nbytes)
-            tma.async_copy_global_to_shared({Q}, [b, h, q_tile * BLOCK_M + group * 64, 0], q_ready.index(at), q_buffers.index(at))
+            tma.async_copy_global_to_shared({Q}, [{q_at}, 0], q_ready.index(at), q_buffers.index(at))
         for r in range(partials):
             if r > 0:
                 partial_first = gl.load(PartialBegin + partial_at + r)
                 partial_last = gl.load(PartialEnd + partial_at + r)
             for tile in range(partial_first, partial_last):
-                slot, phase = _load_tile({K}, {V}, rings, barriers, (b, h, tile), slot, phase)
+                slot, phase = _load_tile({K}, {V}, rings, barriers, sizes, (b, h, tile{origin_names}), slot, phase)
         for r in range(fulls):
             if r > 0:
                 full_first = gl.load(FullBegin + full_at + r)
                 full_last = gl.load(FullEnd + full_at + r)
             for tile in range(full_first, full_last):
-                slot, phase = _load_tile({K}, {V}, rings, barriers, (b, h, tile), slot, phase)
+                slot, phase = _load_tile({K}, {V}, rings, barriers, sizes, (b, h, tile{origin_names}), slot, phase)
         turn += 1
     mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0), messages.index(turn % 2))  # no more
+    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), messages.index(turn % 2))  # no more
     mbarrier.arrive(row_ready.index(turn % 2))
 
 
@@ -152,8 +159,9 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         partial_at = _word(words, places, 8)
         partial_first = _word(words, places, 9)
         partial_last = _word(words, places, 10)
+        {origin_words}
         mbarrier.arrive(row_free.index(turn % 2))
-        q_idx = q_tile * BLOCK_M + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+        {query_positions}
         q_at = turn % 2 * 2 + GROUP
         q_buffer = q_buffers.index(q_at)
         q = q_buffer.reshape([64, {d}])
@@ -161,8 +169,8 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         acc = gl.zeros([64, {d}], gl.float32, OUTPUT)
         {before}
         # the first tile has no values before it; it is masked whether or not it must be
-        kv_start = gl.where(partials > 0, partial_first, full_first) * BLOCK_N
-        kv_idx = kv_start + keys
+        tile = gl.where(partials > 0, partial_first, full_first)
+        {key_positions}
         {masked_reads}
         mbarrier.wait(q_ready.index(q_at), turn // 2 % 2)
         mbarrier.wait(k_ready.index(k_slot), k_phase)
@@ -203,7 +211,7 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
         q_buffer.reshape([64, {d}]).store(out.to({dtype}))
         fence_async_shared()
-        tma.async_copy_shared_to_global(O, [b, h, q_tile * BLOCK_M + GROUP * 64, 0], q_buffer)
+        tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
         gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, (m_i + gl.log2(l_i)) * {ln2}, mask=q_idx < M)
         turn += 1
         mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
@@ -213,9 +221,9 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
 
 @gluon.jit
 def attention_forward({parameters}):
-    q_buffers = gl.allocate_shared_memory({dtype}, [4, 1, 1, 64, {d}], {Q}.layout)  # two for each group
-    k_ring = gl.allocate_shared_memory({dtype}, [{stages}, 1, 1, BLOCK_N, {d}], {K}.layout)
-    v_ring = gl.allocate_shared_memory({dtype}, [{stages}, 1, 1, BLOCK_N, {d}], {V}.layout)
+    q_buffers = gl.allocate_shared_memory({dtype}, [4, {q_box}], {Q}.layout)  # two for each group
+    k_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {K}.layout)
+    v_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {V}.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     messages = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -241,8 +249,8 @@ def attention_forward({parameters}):
     rings = (k_ring, v_ring)
     barriers = (k_ready, k_free, v_ready, v_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
-    tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges)
-    items = (gl.program_id(0), B * H * gl.cdiv(M, BLOCK_M), gl.num_programs(0), {next_row})
+    tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
+    items = (gl.program_id(0), B * H * {q_tiles}, gl.num_programs(0), {next_row})
     sizes = (H, M)
     operands = ({operands})
     gl.warp_specialize(
@@ -257,8 +265,7 @@ def attention_forward({parameters}):
 '''
 
 TILE = """
-kv_start = tile * BLOCK_N
-kv_idx = kv_start + keys
+{key_positions}
 {reads}
 mbarrier.wait(k_ready.index(k_slot), k_phase)
 qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)

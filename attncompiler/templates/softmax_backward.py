@@ -50,7 +50,7 @@ def {kernel}({parameters}):
     q_tile = tl.load(Order + tl.program_id(0))
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
-    q_idx = q_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    {query_positions}
     channels = tl.arange(0, BLOCK_DV)
     {load_queries}
     {load_grad_o}
@@ -63,7 +63,7 @@ def {kernel}({parameters}):
 """
 
 QUERIES_TILE = """
-kv_idx = kv_start + tl.arange(0, BLOCK_N)
+{key_positions}
 {load_keys}
 {score_lines}
 scores = {score}
@@ -80,7 +80,7 @@ def attention_backward_keys({parameters}):
     kv_tile = tl.load(Order + tl.program_id(0))
     b = tl.program_id(1) // KV_HEADS
     kv_head = tl.program_id(1) % KV_HEADS
-    kv_idx = kv_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    {key_positions}
     channels = tl.arange(0, BLOCK_DV)
     h = kv_head * GROUP
     {load_keys}
@@ -95,7 +95,7 @@ def attention_backward_keys({parameters}):
 """
 
 KEYS_TILE = """
-q_idx = q_start + tl.arange(0, BLOCK_M)
+{query_positions}
 {load_queries}
 rows = (b.to(tl.int64) * H + h) * M + q_idx
 {load_rows}
@@ -110,6 +110,7 @@ p = tl.exp2(scores{scale} - reference[None, :]){rcp}
 
 LOOP_OVER_RANGES = """
 plan_row = {plan_row}
+{origins}
 for r in range(tl.load({name}Count + plan_row)):
     first = tl.load({name}Begin + plan_row * {name}_ranges + r) * BLOCK_M
     last = tl.load({name}End + plan_row * {name}_ranges + r) * BLOCK_M

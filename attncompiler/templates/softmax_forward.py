@@ -6,7 +6,7 @@ def attention_forward({parameters}):
     q_tile = tl.load(Order + tl.program_id(0))
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
-    q_idx = q_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    {query_positions}
     channels = tl.arange(0, BLOCK_DV)
     {load_queries}
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)  # row maximum of the scores, in base-2 units
@@ -24,7 +24,7 @@ def attention_forward({parameters}):
 
 # One key tile: scores, then the online softmax, then the values.
 TILE = """
-kv_idx = kv_start + tl.arange(0, BLOCK_N)
+{key_positions}
 {load_keys}
 {score_lines}
 scores = {score}
@@ -42,6 +42,7 @@ m_i = m_new
 
 LOOP_OVER_RANGES = """
 plan_row = {plan_row}
+{origins}
 for r in range(tl.load({name}Count + plan_row)):
     first = tl.load({name}Begin + plan_row * {name}_ranges + r) * BLOCK_N
     last = tl.load({name}End + plan_row * {name}_ranges + r) * BLOCK_N

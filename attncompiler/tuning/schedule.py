@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from attncompiler.ir.expr import ONE, Apply, Const, dots_of, walk
 from attncompiler.ir.program import Attention, Dtype
+from attncompiler.passes.grid import ROWS, GridTiles
+from attncompiler.passes.plan import tiles_for
 from attncompiler.tuning.target import Target
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSchedule:
-    """One kernel: BLOCK_M queries by BLOCK_N keys a tile."""
+    """One kernel: BLOCK_M queries by BLOCK_N keys a tile; `tiles` says how they lie in a grid, if they do."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tiles: GridTiles = ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,19 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
         addressed = any(program.decls[name].dtype is Dtype.F32 for name in program.vectors)  # parts are loaded by address
         return Schedule(forward, queries, keys, descriptors and not addressed, "parts", delta=queries, delta_over_keys=True)
     return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
+
+
+def in_boxes(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -> Schedule:
+    """The same with tiles that are boxes of the grid that the program's mask speaks of, where it speaks of one."""
+
+    def boxed(kernel: KernelSchedule, by_keys: bool) -> KernelSchedule:
+        return replace(kernel, tiles=tiles_for(program, sizes, kernel.block_m, kernel.block_n, by_keys))
+
+    kernels = boxed(schedule.forward, False), boxed(schedule.backward_queries, False), boxed(schedule.backward_keys, True)
+    if not all(kernel.tiles for kernel in kernels):
+        return schedule
+    delta = boxed(schedule.delta, False) if schedule.delta_over_keys else schedule.delta
+    return replace(schedule, forward=kernels[0], backward_queries=kernels[1], backward_keys=kernels[2], delta=delta)
 
 
 _ROLE_OPERATORS = frozenset({

@@ -47,7 +47,7 @@ def speed_of_light(
     return SpeedOfLight(
         kept_pairs, visited, full, partial, worst,
         b * h * m * n / kept_pairs if kept_pairs else None,
-        rows * plan.kv_tiles / visited if visited else None,
-        plan.kv_tiles / worst if worst else None,
+        rows * plan.dense_tiles / visited if visited else None,
+        plan.dense_tiles / worst if worst else None,
         1e3 * max(compute, memory),
     )  # fmt: skip

@@ -110,8 +110,9 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     grid = ["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64"]
-    assert main([*grid, "--picture", "--svg", str(tmp_path / "grid.svg")]) == 0
-    assert (tmp_path / "grid.svg").read_text().count("<rect") == 16
+    assert main([*grid, "--picture", "--svg", str(tmp_path / "grid.svg"), "--png", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.svg").read_text().count("<rect") == 4 * 2
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
     assert "16,384" in text and "\u2592\u2592\u00b7\u00b7" in text and "tiles of 64 queries x 64 keys" in text
 
@@ -124,6 +125,9 @@ def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_
         (["window(x)"], "must be literals"),
         (["window(left=1, middle=2)"], "window: "),
         (["grid((4, 4), 3)"], "is for 16 tokens, not 64 queries"),
+        (["segments({'text': 4}, {('text', 'image'): causal})"], "segments has no pair ('text', 'image')"),
+        (["segments({'text': 4}, window(3))"], "segments: "),
+        (["causal", "--head", "1", "--picture"], "--head 1: the shape has 1 heads"),
     ],
 )
 def test_plan_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +135,63 @@ def test_plan_names_mistakes(arguments: list[str], message: str, capsys: pytest.
     assert message in capsys.readouterr().err
 
 
+def test_plan_of_segments_and_of_one_head(capsys: pytest.CaptureFixture[str]) -> None:
+    image = "segments({'text': 64, 'image': 64}, {('image', 'image'): disc((8, 8), 2), ('text', 'more'): False}, keys={'text': 64, "
+    assert main(["plan", image + "'image': 64, 'more': 8})", "--shape", "1,1,128,136,64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_pairs"] == 64 * 128 + 64 * (64 + 8) + 64 + 4 * 8 * 7 + 4 * 7 * 7
+    heads = ["plan", "per_head([causal, sampled(1, [1, 0])])", "--shape", "1,2,256,64", "--picture"]
+    assert main(heads) == 0 and "head 0  head 1\n▒·      █·" in capsys.readouterr().out.replace("  \n", "\n")
+    assert main([*heads, "--head", "1"]) == 0 and "head 0" not in capsys.readouterr().out
+
+
 def test_a_mask_that_keeps_nothing_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "causal & ~causal", "--shape", "1,1,64,64"]) == 1
     assert "keeps no key for any query" in capsys.readouterr().out
     assert main(["plan", "causal & ~causal", "--shape", "1,1,64,64", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["bound_tiles"] is None
+
+
+def test_zoo_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "list"]) == 0
+    assert "Radial attention, video" in capsys.readouterr().out
+    assert main(["zoo", "list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["rat"]["file"] == "attncompiler/zoo/rat.py" and "2025" in rows["gna-2d"]["source"]
+
+
+def test_zoo_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "attention-sinks"]) == 0
+    text = capsys.readouterr().out
+    for part in ("back = i[:, None] - i", "masks.sink(sinks)", "(kv_idx >= q_idx - 1019) | (kv_idx < 4)", "the same program",
+                 "causal() & (window(1019, 0) | sink(4))", "\u2592", "bound tiles"):  # fmt: skip
+        assert part in text
+
+
+def test_zoo_show_with_helpers_and_without_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "halonet", "--size", "small", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "def windows(" in found["plain"] and "def windows(" in found["declared"] and "def halonet_masked" not in found["plain"]
+    assert found["likeness"] == "through_views" and found["mask"] == "" and not found["missed"]
+    assert found["plans"][0]["kept_pairs"] == 2 * 2 * 9 * 16 * 36 and "weigh   softmax" in found["recognised"][0]
+
+
+def test_zoo_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "run", "sliding-window", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["judged"] and [row["form"] for row in found["forms"]] == ["plain, eager", "plain, compiled", "declared"]
+    assert [row["tiles"] for row in found["forms"]] == [64, 28, 28] and found["dense_tiles"] == 64
+    assert all(row["agrees"] and row["forward_ms"] > 0 and row["error"] < 1e-5 for row in found["forms"])
+
+
+def test_zoo_says_where_float64_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attncompiler.cli.zoo.free_bytes", lambda device: 1)
+    assert main(["zoo", "run", "davit-channel", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "Not compared with float64" in text and "plain, eager" not in text and text.count("not judged") == 2
+
+
+def test_zoo_names_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "bat"]) == 2
+    assert "the zoo has no 'bat'" in capsys.readouterr().err
+    assert main(["zoo", "run", "rat", "--device", "abacus"]) == 1
+    assert "there is no device 'abacus'" in capsys.readouterr().err

@@ -48,6 +48,7 @@ IDS = torch.repeat_interleave(torch.arange(4), 6)
         masks.prefix(torch.tensor([0, 7])) | masks.causal(), masks.padding(torch.tensor([24, 0])),
         masks.causal() & masks.document(IDS),
         masks.dilated(2, 3), masks.blocks(5), masks.strided(2, 2, 3, 4), masks.grid((4, 6), (3, 3), (1, 2)),
+        masks.segments([4, 20], {(1, 1): masks.grid((4, 5), 3), (0, 1): False}), masks.sampled(3, [1.0, 0.5, 0.2], 3),
         masks.disc((4, 5), 2, 4), masks.halo((4, 6), 2, 1), masks.radial(3, 6, 24, block=4), masks.regions(IDS.flip(0) % 3),
         masks.per_head([masks.causal(), masks.window(1), masks.sink(1), masks.causal()]),
         masks.where(lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % (h + 2) == 0),
@@ -57,6 +58,14 @@ IDS = torch.repeat_interleave(torch.arange(4), 6)
 def test_masks(mask: Mask) -> None:
     q, k, v = operands()
     agree(attncompiler.attention(q, k, v, keep=mask, enable_gqa=True), reference(q, k, v, mask.dense(2, 4, 24, 24)), (q, k, v))
+
+
+def test_heads_of_a_group_with_plans_of_their_own() -> None:
+    """Enough tokens for several tiles: each head then comes by itself, while keys are shared."""
+    q, k, v = operands(b=1, m=300, n=300, d=8, dv=8)
+    mask = masks.strided(16, 2, 4, 4)
+    ours = attncompiler.attention(q, k, v, keep=mask, enable_gqa=True)
+    agree(ours, reference(q, k, v, mask.dense(1, 4, 300, 300)), (q, k, v))
 
 
 def test_scores_with_captured_tensors() -> None:
@@ -160,6 +169,63 @@ def test_inside_a_compiled_function(backend: str) -> None:
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     expected = reference(q * 2.0, k, v, mask.dense(2, 4, 24, 24)).transpose(1, 2).flatten(2)
     agree(compiled(q, k, v), expected, (q, k, v))
+
+
+def test_segments_with_extra_keys_are_recognised_by_any_backend() -> None:
+    """GNA's extra keys, and documents in one run alone: nothing of another run reaches the tensor that it reads."""
+    q = torch.randn(2, 4, 24, 16)
+    k, v = (torch.randn(2, 4, 30, 16) for _ in range(2))
+    rules = {("text", "text"): masks.document(torch.tensor([0, 0, 1, 1])), ("grid", "grid"): masks.grid((4, 5), 3)}
+    mask = masks.segments({"text": 4, "grid": 20}, rules, keys={"text": 4, "grid": 20, "extra": 6})
+    expected = reference(q, k, v, mask.dense(2, 4, 24, 30))
+    (region,) = attncompiler.explain(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), q, k, v).regions
+    assert "[minimum(kv_idx, 3)]" in region.ir
+    torch.testing.assert_close(attncompiler.attention(q, k, v, keep=mask), expected)
+    for backend in ("attncompiler", "aot_eager"):
+        compiled = torch.compile(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, v), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "attncompiler", "aot_eager"])
+def test_another_draw_without_another_program(backend: str) -> None:
+    """The seed is read at each call: forward and gradients follow it, and nothing is compiled anew."""
+    q, k, v = operands(hk=4)
+    seed = torch.tensor([3])
+    mask = masks.causal() & masks.sampled(seed, [1.0, 0.6, 0.3], 4)
+    torch._dynamo.utils.counters.clear()
+    f = torch.compile(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), backend=backend, fullgraph=True)
+    if backend == "eager":
+        f = lambda q, k, v: attncompiler.attention(q, k, v, keep=mask)
+    kept = []
+    for number in (3, 4, 3):
+        seed.fill_(number)
+        dense = mask.dense(2, 4, 24, 24)
+        agree(f(q, k, v), reference(q, k, v, dense), (q, k, v))
+        kept.append(dense)
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (backend != "eager")
+
+
+def test_masks_made_inside_a_compiled_function() -> None:
+    q, k, v = operands(hk=4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        text_first = masks.segments([4, 20], {(1, 1): masks.window(3), (0, 1): lambda b, h, q_idx, kv_idx: q_idx < kv_idx})
+        out = attncompiler.attention(q, k, v, keep=text_first & masks.sampled(3, [1.0, 0.6], 4))
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(attend, backend="attncompiler", fullgraph=True)
+    agree(compiled(q, k, v), attend(q, k, v), (q, k, v))
+
+
+def test_draws_are_recognised() -> None:
+    q, k, v = (t.detach().float() for t in operands(hk=4))
+    mask = masks.sampled(torch.tensor([3]), [1.0, 0.6, 0.3], 4)
+    (region,) = attncompiler.explain(lambda q, k, v: attncompiler.attention(q, k, v, keep=mask), q, k, v).regions
+    assert (
+        "[0], h * 1048576 + q_idx // 4, kv_idx // 4) < " in region.ir and "minimum(abs(q_idx // 4 - kv_idx // 4), 2)" in region.ir
+    )
 
 
 def sorts(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

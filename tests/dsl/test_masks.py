@@ -219,6 +219,34 @@ def test_kept_pairs_are_counted(mask: Mask) -> None:
     assert mask.kept_pairs(2, 4, 300, 300) == int(mask.dense(2, 4, 300, 300).expand(2, 4, -1, -1).sum())
 
 
+def test_segments_are_counted_without_looking_at_pairs() -> None:
+    """CLEAR at 8192 pixels, with a number of tokens whose pairs nobody looks at."""
+    disc = masks.disc((512, 512), 16)
+    image, text = 512 * 512, 512
+    mask = masks.disc((512, 512), 16, text)
+    assert mask.kept_pairs(2, 3, text + image, text + image) == disc.kept_pairs(2, 3, image, image) + 6 * (
+        2 * text * image + text**2
+    )
+
+
+def test_draws_follow_their_probability() -> None:
+    tokens, chances = 4096, torch.tensor([1.0, 0.5, 0.25, 0.1])
+    kept = masks.sampled(11, chances, 4).dense(1, 4, tokens, tokens)[0, :, ::4, ::4].double()
+    distance = (torch.arange(tokens // 4)[:, None] - torch.arange(tokens // 4)).abs()
+    for away, chance in enumerate(chances):
+        cells = kept[:, distance == away] if away < 3 else kept[:, distance >= 3]
+        assert abs(cells.mean() - chance) <= 4 * (chance * (1 - chance) / cells.numel()) ** 0.5
+    assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[0].mT)
+    alike = masks.sampled(11, chances, 4, per_head=False).dense(1, 4, 64, 64)
+    assert alike.shape[1] == 1 or torch.equal(alike[:, 0], alike[:, 1])
+
+
+def test_large_patterns_of_blocks_are_planned_from_the_pattern() -> None:
+    """Radial attention over HunyuanVideo: 115200 tokens, of which no matrix could be made. Densities are the published ones."""
+    mask = masks.radial(30, 3840, decay=0.95, sink=False)
+    assert abs(mask.plan(1, 1, 115200, 115200).density - 0.275) < 5e-4
+
+
 def test_two_tensors_of_one_name_stay_two() -> None:
     first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
     both = masks.document(first) & masks.document(second)

@@ -11,7 +11,7 @@ from attncompiler.errors import InvalidProgram, ParseError
 from attncompiler.ir import interpret, parse, verify
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import uniform, whole
-from attncompiler.ir.expr import Dot, dots_of
+from attncompiler.ir.expr import Dot, axes_of, dots_of
 from attncompiler.ir.text import to_line, to_text
 from tests.programs import PROGRAMS, operands, program
 
@@ -21,6 +21,13 @@ def test_text_parses_back(name: str) -> None:
     p = program(name, 33, 70, 80, 48, "bf16")
     assert parse(to_text(p)) == p
     assert parse(to_line(p)) == p and "\n" not in to_line(p)
+
+
+def test_draws_for_cells_parse_back() -> None:
+    text = to_text(program("window", 8, 8, 16, 16)).replace("v: f32[2, 2, 8, 16]", "v: f32[2, 2, 8, 16], seed: i64[1]")
+    cells = "uniform(seed[0], h * 4 + q_idx // 2, kv_idx // 2) < 0.5"
+    p = verify(parse(text.replace("keep    ", f"keep    ({cells}) & ")))
+    assert cells in to_text(p) and parse(to_text(p)) == p and axes_of(p.keep.predicate) == {"h", "q_idx", "kv_idx"}
 
 
 def test_the_line_of_the_user_is_part_of_the_text() -> None:
@@ -37,6 +44,8 @@ BROKEN = {
     "a score that is a truth value": ("score kv_idx <= q_idx", InvalidProgram),
     "a mask that is a number": ("keep q_idx else nan", InvalidProgram),
     "a mask that reads scores": ("keep dot(q[b, h, q_idx], k[b, h // 2, kv_idx]) > 0.0 else nan", InvalidProgram),
+    "a mask that depends on the draw of a pair": ("keep uniform(mask[b, kv_idx]) < 0.5 else nan", InvalidProgram),
+    "a draw for each query": ("keep uniform(q[0, 0, 0, 0], q_idx, q_idx) < 0.5 else nan", InvalidProgram),
     "a sink for each key": ("weigh softmax(to_float(kv_idx))", InvalidProgram),
 }
 

@@ -20,11 +20,14 @@ from attncompiler.passes.plan import Coverage, build_plan, keeps_only_keys, prov
 from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
 
-READS = {"doc": "i32[{both}]", "lens": "i64[2]", "pad": "bool[2, {n}]", "x": "f32[{both}]", "table": "bool[2, 4, {m}, {n}]"}
+READS = {
+    "doc": "i32[{both}]", "lens": "i64[2]", "pad": "bool[2, {n}]", "x": "f32[{both}]", "table": "bool[2, 4, {m}, {n}]",
+    "cell": "bool[4, 12, 8]", "near": "i32[{both}]", "seed": "i64[1]",
+}  # fmt: skip
 
 
-def term(r: random.Random, reads: bool) -> str:
-    """A random condition on a pair."""
+def term(r: random.Random, reads: bool, tables: bool) -> str:
+    """A random condition on a pair. `tables`: also what only plans made here can bound."""
     integer = [
         "q_idx",
         "kv_idx",
@@ -41,21 +44,24 @@ def term(r: random.Random, reads: bool) -> str:
     choices = [f"({left} {r.choice(['<', '<=', '>', '>=', '==', '!='])} {right})"]
     if reads:
         choices += ["pad[b, kv_idx]", "(x[q_idx] > x[kv_idx])", "(x[kv_idx] > 0.3)", "table[b, h, q_idx, kv_idx]"]
+    if reads and tables:
+        choices += ["cell[h, q_idx // 6, kv_idx // 9]", "(x[abs(q_idx - kv_idx)] < 0.3)", "(near[abs(q_idx - kv_idx) + b] < 3)"]
+        choices += [f"(uniform(seed[0], h * 64 + q_idx // 6, kv_idx // {r.choice([1, 9])}) < {r.choice([0.02, 0.5])})"]
     return r.choice(choices)
 
 
-def predicate(r: random.Random, reads: bool) -> str:
-    text = term(r, reads)
+def predicate(r: random.Random, reads: bool, tables: bool) -> str:
+    text = term(r, reads, tables)
     for _ in range(r.randint(0, 3)):
-        text = f"({text} {r.choice('&|')} {r.choice(['', '~'])}{term(r, reads)})"
-    return f"where({term(r, reads)}, {text}, {term(r, reads)})" if r.random() < 0.2 else text
+        text = f"({text} {r.choice('&|')} {r.choice(['', '~'])}{term(r, reads, tables)})"
+    return f"where({term(r, reads, tables)}, {text}, {term(r, reads, tables)})" if r.random() < 0.2 else text
 
 
-def masked(r: random.Random, reads: bool, m: int, n: int) -> tuple[Attention, dict[str, Tensor]]:
+def masked(r: random.Random, reads: bool, m: int, n: int, tables: bool = True) -> tuple[Attention, dict[str, Tensor]]:
     """A program under a random mask, and operands with NaN among them."""
     empty = r.choice(["nan", "zero", "score"])
     sizes = {"m": m, "n": n, "both": m + n}
-    keep = predicate(r, reads)
+    keep = predicate(r, reads, tables)
     used = "".join(f", {name}: {shape.format(**sizes)}" for name, shape in READS.items() if f"{name}[" in keep)
     text = f"""attention
       axes b=2, h=4, q_idx={m}, kv_idx={n}
@@ -73,11 +79,13 @@ def masked(r: random.Random, reads: bool, m: int, n: int) -> tuple[Attention, di
         "doc": torch.randint(0, 5, (m + n,), generator=g, dtype=torch.int32).sort().values,
         "lens": torch.randint(0, n + 1, (2,), generator=g), "pad": torch.rand(2, n, generator=g) > r.choice([0.02, 0.5]),
         "table": torch.rand(2, 4, m, n, generator=g) > r.choice([0.01, 0.99]),
+        "cell": torch.rand(4, 12, 8, generator=g) > r.choice([0.1, 0.9]), "near": torch.randint(0, 6, (m + n,), generator=g).int(),
+        "seed": torch.randint(-(2**62), 2**62, (1,), generator=g),
     }  # fmt: skip
     try:
         p = verify(parse(text))
     except InvalidProgram:  # simplifying took a tensor out: another mask
-        return masked(r, reads, m, n)
+        return masked(r, reads, m, n, tables)
     return p, {name: made[name] for name in p.decls}
 
 
@@ -142,6 +150,8 @@ def test_what_a_mask_itself_keeps_inside() -> None:
     assert keeps_only_keys(conj(Read("doc", (KV_IDX,)), causal), Const(100), Const(130))
     assert not keeps_only_keys(causal, Const(101), Const(100))
     assert not keeps_only_keys(causal, Size("n"), Size("n"))
+    same_residue = apply("eq", apply("mod", Q_IDX, Const(3)), apply("mod", KV_IDX, Const(3)))
+    assert not keeps_only_keys(same_residue, Const(1), Const(1))  # position 1 is not kept, but 3 is: a tile reaches that far
 
 
 def test_documents_leave_each_query_its_own_key() -> None:
@@ -166,7 +176,7 @@ def test_plans_made_on_the_device(first: int) -> None:
     for seed in range(first, first + 40):
         r = random.Random(f"device {seed}")
         m, n = r.randint(1, 150), r.randint(1, 150)
-        p, made = masked(r, True, m, n)
+        p, made = masked(r, True, m, n, tables=False)
         if "x" in p.decls:
             continue  # Triton's interpreter can't mix the comparison of one loaded float with that of a tile
         call = Prepared(p, made, {})

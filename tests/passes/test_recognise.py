@@ -133,6 +133,23 @@ def test_a_padding_mask_is_read_one_value_a_key() -> None:
     assert "[b, kv_idx] else nan" in clause(text, "keep")
 
 
+def test_keys_before_a_length_stay_a_rule() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        kept = torch.arange(N) < lengths[:, None, None, None]
+        return (q @ k.mT).masked_fill(~kept, -math.inf).softmax(-1) @ v
+
+    assert clause(program_of(attention, *operands(), torch.tensor([5, 9])), "keep") == "kv_idx < lengths[b] else nan"
+
+
+def test_a_mask_assigned_in_part_is_a_rule_of_positions() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept = torch.ones(N, N, dtype=torch.bool)
+        kept[4:, 4:] = torch.ones(N - 4, N - 4, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+
+    assert clause(program_of(attention), "keep") == "(q_idx < 4) | (kv_idx < 4) | (kv_idx <= q_idx) else zero"
+
+
 def test_an_additive_mask_of_the_caller_is_a_proved_fact_beside_the_score() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (q @ k.mT + mask).softmax(-1) @ v

@@ -1,0 +1,113 @@
+"""The positions of a tile's tokens as source: a run of tokens, or a box of a grid (passes/grid.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from attncompiler.ir.expr import Axis, Expr
+from attncompiler.passes.grid import NAMES, GridTiles, coordinates
+
+
+@dataclass(frozen=True)
+class TilePositions:
+    """How a kernel finds the tokens of its tiles along `axis`. `moves`: these tiles come one after the other, from an origin that
+    the plan gives for each row; else there is one for each program."""
+
+    axis: Axis
+    tiles: GridTiles
+    moves: bool
+
+    @property
+    def _stem(self) -> str:
+        return self.axis.name.removesuffix("_idx")
+
+    @property
+    def _letters(self) -> str:
+        return NAMES[len(NAMES) - len(self.tiles.axes) :]
+
+    @property
+    def _sides(self) -> tuple[int, ...]:
+        return self.tiles.columns if self.moves else self.tiles.rows
+
+    def lines(self, tile: str, start: str, within: str) -> str:
+        """What computes the positions. `tile` is the tile's number, `start` its first token where tiles are runs of tokens;
+        `within` counts the tokens of the tile. Positions outside the grid are set past the end of the axis."""
+        if not self.tiles:
+            return f"{self.axis.name} = {start} + {within}"
+        stem, end = self._stem, "M" if self.axis.name == "q_idx" else "N"
+        found = self.corner(tile).splitlines()
+        inner = math.prod(self._sides)
+        total = ""
+        for letter, axis, side in zip(self._letters, self.tiles.axes, self._sides, strict=True):
+            inner //= side
+            place = _digit(within, inner, side, inner * side == math.prod(self._sides))
+            step = f" * {axis.dilation}" if axis.dilation > 1 else ""
+            found.append(f"{stem}_{letter} = {stem}_{letter}_start + {place}{step}")
+            total = f"({total}) * {axis.length} + {stem}_{letter}" if total else f"{stem}_{letter}"
+        found.append(f"{self.axis.name} = {total}")
+        tests = self._inside_tests()
+        if tests:
+            inside = " & ".join(tests)
+            found.append(f"{self.axis.name} = tl.where({inside}, {self.axis.name}, {end})  # in the grid, or past the end")
+        return "\n".join(found)
+
+    def corner(self, tile: str) -> str:
+        """What computes where a box begins."""
+        numbers = [axis.reach if self.moves else axis.row_tiles for axis in self.tiles.axes]
+        inner = math.prod(numbers)
+        found = []
+        for letter, axis, number, side in zip(self._letters, self.tiles.axes, numbers, self._sides, strict=True):
+            inner //= number
+            digit = _digit(tile, inner, number, inner * number == math.prod(numbers))
+            if self.moves:
+                start = f"origin_{letter} + {digit} * {side * axis.dilation}"
+            elif axis.dilation > 1:
+                steps = axis.row_tiles // axis.dilation
+                start = f"({digit}) // {steps} + ({digit}) % {steps} * {side * axis.dilation}"
+            else:
+                start = f"{digit} * {side}"
+            found.append(f"{self._stem}_{letter}_start = {start}")
+        return "\n".join(found)
+
+    def at(self, start: str) -> tuple[str, ...]:
+        """Where a descriptor loads a tile from, along the axes of tokens."""
+        return tuple(f"{self._stem}_{letter}_start" for letter in self._letters) if self.tiles else (start,)
+
+    def _inside_tests(self) -> list[str]:
+        found = []
+        for letter, axis in zip(self._letters, self.tiles.axes, strict=True):
+            name = f"{self._stem}_{letter}"
+            if self.moves and not self.tiles.inside:
+                found += [f"({name} >= 0)", f"({name} < {axis.length})"]
+            elif not self.moves and axis.length % (axis.dilation * axis.rows):
+                found.append(f"({name} < {axis.length})")
+        return found
+
+    @property
+    def names(self) -> Mapping[Expr, tuple[str, str]]:
+        """The coordinates in expressions: every spelling, and the variable and axis that it is."""
+        lengths = tuple(axis.length for axis in self.tiles.axes)
+        return {
+            spelling: (f"{self._stem}_{letter}", self.axis.name)
+            for letter, spellings in zip(self._letters, coordinates(self.axis, lengths), strict=True)
+            for spelling in spellings
+        }
+
+    @property
+    def origins(self) -> str:
+        """What loads where the boxes of a row begin."""
+        count = len(self.tiles.axes)
+        row = "Origins + plan_row" + (f" * {count}" if count > 1 else "")
+        return "\n".join(
+            f"origin_{letter} = tl.load({row}{f' + {place}' if place else ''})" for place, letter in enumerate(self._letters)
+        )
+
+
+def _digit(number: str, inner: int, size: int, outermost: bool) -> str:
+    """A digit of a number in mixed radix."""
+    if size == 1:
+        return "0"
+    text = f"{number} // {inner}" if inner > 1 else number
+    return text if outermost else f"{text} % {size}"

@@ -1,0 +1,449 @@
+"""Tokens that lie in a grid of up to three axes: which axes a predicate speaks of, tiles that are boxes of it, and their plan.
+
+A row of tiles is one box of the side that stays (queries; keys in the backward for keys). What it meets of the other side is a box
+too, cut into tiles from where that box begins: `origins`, one place a row. So a window of 24 x 32 tokens is 6 tiles of 8 x 16
+wherever it lies. Nothing is permuted in memory: kernels compute positions from tile numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attncompiler.ir.evaluate import whole
+from attncompiler.ir.expr import (
+    KV_IDX,
+    Q_IDX,
+    TRUE,
+    Apply,
+    Axis,
+    Const,
+    Expr,
+    add,
+    conj,
+    conjuncts,
+    floordiv,
+    mul,
+    reads_of,
+    substitute,
+    walk,
+)
+from attncompiler.passes.intervals import Interval, bounds
+from attncompiler.passes.spans import spans
+
+NAMES = "tyx"  # of the axes, the last one being that of neighbouring tokens
+_MOST_AXES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class GridAxis:
+    """One axis of the grid, and a tile's share of it. Neighbours within a tile are `dilation` tokens apart."""
+
+    length: int
+    dilation: int
+    rows: int  # positions of a tile of the side that stays, along this axis: a power of two
+    columns: int  # of a tile of the other side
+    reach: int  # how many of these a row can meet along this axis
+
+    @property
+    def places(self) -> int:
+        """Positions of a residue class; some classes may have one less."""
+        return -(-self.length // self.dilation)
+
+    @property
+    def row_tiles(self) -> int:
+        return self.dilation * -(-self.places // self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class GridTiles:
+    """Tiles as boxes of a grid. Without axes: tiles are runs of tokens.
+
+    `inside`: no tile of the side that moves sticks out of the grid; `excluded`: what sticks out, the predicate keeps nothing of."""
+
+    axes: tuple[GridAxis, ...] = ()
+    inside: bool = True
+    excluded: bool = True
+
+    def __bool__(self) -> bool:
+        return bool(self.axes)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of a tile of the side that stays."""
+        return tuple(axis.rows for axis in self.axes)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The shape of a tile of the side that moves."""
+        return tuple(axis.columns for axis in self.axes)
+
+    @property
+    def row_tiles(self) -> int:
+        return math.prod(axis.row_tiles for axis in self.axes)
+
+    @property
+    def rows_inside(self) -> bool:
+        """True where no tile of the side that stays sticks out."""
+        return all(axis.length % (axis.dilation * axis.rows) == 0 for axis in self.axes)
+
+    @property
+    def is_dense(self) -> bool:
+        """True where the tokens of a tile are neighbours along every axis."""
+        return all(axis.dilation == 1 for axis in self.axes)
+
+
+ROWS = GridTiles()
+
+
+def coordinates(axis: Axis, lengths: tuple[int, ...]) -> list[tuple[Expr, ...]]:
+    """The spellings of each coordinate of a position on `axis`, in a grid of these lengths."""
+    found: list[tuple[Expr, ...]] = []
+    for place, length in enumerate(lengths):
+        inner = floordiv(axis, Const(math.prod(lengths[place + 1 :])))
+        outer = Apply("mod", (inner, Const(length)))
+        found.append((outer, inner) if place == 0 else (outer,))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True, slots=True)
+class GridRule:
+    """A predicate over a grid: the parts that speak of one axis, `along[a]`, with Q_IDX and KV_IDX as coordinates on that axis;
+    those that speak of several, `across`, with the axes of `coordinate`; and `rest`, which speaks of more than coordinates."""
+
+    lengths: tuple[int, ...]
+    along: tuple[Expr, ...]
+    across: Expr
+    rest: Expr
+
+
+def coordinate(axis: Axis, place: int) -> Axis:
+    """A coordinate of a query or a key as an axis of its own."""
+    return Axis(f"{axis.name}_{place}")
+
+
+@functools.lru_cache(maxsize=512)
+def grid_rule(predicate: Expr, tokens: int) -> GridRule | None:
+    """The grid that a predicate over `tokens` queries and as many keys speaks of; None where it speaks of tokens in a row."""
+    parts = conjuncts(predicate)
+    found = [rule for lengths in _candidates(parts, tokens) if (rule := _split(parts, lengths)) is not None]
+    return max(found, key=lambda rule: -len(conjuncts(rule.rest)), default=None)
+
+
+def _candidates(parts: tuple[Expr, ...], tokens: int) -> Iterator[tuple[int, ...]]:
+    """Lengths of grids that the divisions of positions suggest; the row of tokens itself, for classes of residues."""
+    divisors, products = {1}, set()
+    for node in (node for part in parts for node in walk(part)):
+        if not (isinstance(node, Apply) and node.op in ("floordiv", "mod") and isinstance(node.args[1], Const)):
+            continue
+        inner, size = node.args[0], int(node.args[1].value)
+        if inner in (Q_IDX, KV_IDX):
+            divisors.add(size)
+        elif isinstance(inner, Apply) and inner.op == "floordiv" and inner.args[0] in (Q_IDX, KV_IDX) and node.op == "mod":
+            assert isinstance(inner.args[1], Const)
+            products.add(size * int(inner.args[1].value))
+    yield (tokens,)
+    for chosen in (divisors, divisors | products):
+        steps = [*sorted(step for step in chosen if 0 < step < tokens), tokens]
+        if 3 <= len(steps) <= _MOST_AXES + 1 and all(larger % step == 0 for step, larger in itertools.pairwise(steps)):
+            yield tuple(larger // step for step, larger in itertools.pairwise(steps))[::-1]
+
+
+def _split(parts: tuple[Expr, ...], lengths: tuple[int, ...]) -> GridRule | None:
+    """The parts of a predicate by what they speak of; None where that is not a grid: tokens in a row, without residue classes."""
+    names = {
+        spelling: coordinate(axis, place)
+        for axis in (Q_IDX, KV_IDX)
+        for place, spellings in enumerate(coordinates(axis, lengths))
+        for spelling in spellings
+    }
+    owners = {coordinate(axis, place): (axis, place) for axis in (Q_IDX, KV_IDX) for place in range(len(lengths))}
+    along: list[list[Expr]] = [[] for _ in lengths]
+    across, rest = [], []
+    for part in parts:
+        named = substitute(part, names)
+        used = [owners[node] for node in walk(named) if node in owners]
+        places = {place for _, place in used}
+        if reads_of(part) or not places or any(isinstance(node, Axis) and node not in owners for node in walk(named)):
+            rest.append(part)
+        elif len(places) == 1:
+            along[places.pop()].append(substitute(named, {name: axis for name, (axis, _) in owners.items()}))
+        else:
+            across.append(named)
+    rule = GridRule(lengths, tuple(conj(*demands) for demands in along), conj(*across), conj(*rest))
+    spoken = sum(demand != TRUE for demand in rule.along)
+    if len(lengths) == 1:
+        return rule if _residues(rule.along[0])[0] > 1 else None
+    return rule if spoken > 1 or rule.across != TRUE else None
+
+
+def _residues(demand: Expr) -> tuple[int, Expr]:
+    """The distance of tokens of one residue class that a demand keeps to, and the demand without that."""
+    for part in conjuncts(demand):
+        if isinstance(part, Apply) and part.op == "eq" and all(isinstance(arg, Apply) and arg.op == "mod" for arg in part.args):
+            (left, size), (right, other) = (arg.args for arg in part.args if isinstance(arg, Apply))
+            if {left, right} == {Q_IDX, KV_IDX} and size == other and isinstance(size, Const) and int(size.value) > 1:
+                return int(size.value), conj(*(each for each in conjuncts(demand) if each != part))
+    return 1, demand
+
+
+# ------------------------------------------------------------------------------------------------------ what rows meet
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Of one axis and residue class: places [begin, end) that each place of the side that stays meets, int64 [places]."""
+
+    begin: Tensor
+    end: Tensor
+
+
+@functools.lru_cache(maxsize=512)
+def _windows(demand: Expr, length: int, by_keys: bool) -> tuple[int, tuple[_Windows, ...], bool] | None:
+    """(dilation, the windows of each residue class, whether all else is excluded); None where a place meets more than one run."""
+    dilation, demand = _residues(demand)
+    found = []
+    excluded = True
+    row, column = (KV_IDX, Q_IDX) if by_keys else (Q_IDX, KV_IDX)
+    for residue in range(min(dilation, length)):
+        places = -(-(length - residue) // dilation)
+        shifted: dict[Expr, Expr] = {axis: add(mul(axis, Const(dilation)), Const(residue)) for axis in (Q_IDX, KV_IDX)}
+        within = substitute(demand, shifted)
+        block = whole({}, {}, {"b": 1, "h": 1, "q_idx": places, "kv_idx": places}, torch.float64, torch.device("cpu"))
+        runs = spans(within, block, row, column)
+        if runs is None or len(runs) != 1:
+            return None
+        begin, end = (x.expand(1, 1, places).reshape(-1) for x in (runs[0].begin, runs[0].end))
+        found.append(_Windows(begin, end))
+        excluded = excluded and _excludes_outside(within, places, row, column)
+    return dilation, tuple(found), excluded
+
+
+def _excludes_outside(demand: Expr, places: int, row: Axis, column: Axis) -> bool:
+    """True where no place of the grid meets one within a grid's length of it on either side."""
+    for shift in (-places, places):
+        block = whole({}, {}, {"b": 1, "h": 1, "q_idx": places, "kv_idx": places}, torch.float64, torch.device("cpu"))
+        runs = spans(substitute(demand, {column: add(column, Const(shift))}), block, row, column)
+        if runs is None or any(bool((run.end > run.begin).any()) for run in runs):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=512)
+def _shadow(across: Expr, lengths: tuple[int, ...], place: int, by_keys: bool) -> _Windows:
+    """What `across` leaves possible along one axis, wherever the other coordinates are."""
+    length = lengths[place]
+    leaves: dict[Expr, Interval] = {}
+    for axis in (Q_IDX, KV_IDX):
+        for other, size in enumerate(lengths):
+            span = torch.tensor([0, size - 1])
+            leaves[coordinate(axis, other)] = Interval(span[0], span[1])
+    ends = torch.arange(length)
+    row, column = (KV_IDX, Q_IDX) if by_keys else (Q_IDX, KV_IDX)
+    leaves[coordinate(row, place)] = Interval(ends[:, None], ends[:, None])
+    leaves[coordinate(column, place)] = Interval(ends, ends)
+    may = bounds(across, leaves).hi.expand(length, length)
+    some = may.any(1)
+    begin, end = may.to(torch.int8).argmax(1), length - may.flip(1).to(torch.int8).argmax(1)
+    return _Windows(begin * some, end * some)
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """What each tile of rows meets along one axis: places [start, stop), all of which [common_first, common_last) is kept by every
+    row. int64 [dilation, tiles of a class]; nothing is met where stop <= start."""
+
+    dilation: int
+    start: Tensor
+    stop: Tensor
+    common_first: Tensor
+    common_last: Tensor
+
+    def counts(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """How many column tiles are met, and how many of these are full, over all rows, for tiles of `columns` [C] places."""
+        size = columns[:, None, None]
+        _, count, first, last = self._cut(size)
+        return count.sum((1, 2)), (last - first).sum((1, 2))
+
+    def cut(self, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each tile of rows: the token where its first column tile begins, how many it meets, and the range of full ones."""
+        origin, count, first, last = self._cut(torch.tensor(columns))
+        residues = torch.arange(self.dilation)[:, None]
+        return (origin * self.dilation + residues).reshape(-1), count.reshape(-1), first.reshape(-1), last.reshape(-1)
+
+    def _cut(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        width = self.stop - self.start
+        count = -(-width // columns)
+        slack = count * columns - width
+        shift = (self.start - self.common_first) % columns  # so that a tile begins where all rows begin to see
+        fits = (self.common_first < self.common_last) & (shift <= slack)
+        origin = self.start - torch.where(fits, shift, 0)
+        origin = torch.where(origin < 0, torch.minimum(torch.zeros_like(origin), origin + slack), origin)
+        first = -(-(self.common_first - origin).clamp(min=0) // columns)
+        last = torch.minimum((self.common_last - origin).clamp(min=0) // columns, count)
+        return origin, count, torch.minimum(first, last), last
+
+
+@functools.lru_cache(maxsize=4096)
+def _boxes(rule: GridRule, place: int, rows: int, by_keys: bool) -> _Boxes | None:
+    """None where a row meets more than one run along this axis."""
+    length = rule.lengths[place]
+    found = _windows(rule.along[place], length, by_keys)
+    if found is None or (found[0] > 1 and rule.across != TRUE):
+        return None
+    dilation, classes, _ = found
+    if rule.across != TRUE:
+        shadow = _shadow(rule.across, rule.lengths, place, by_keys)
+        (own,) = classes
+        classes = (_Windows(torch.maximum(own.begin, shadow.begin), torch.minimum(own.end, shadow.end)),)
+    tiles = _ceil(_ceil(length, dilation), rows)
+    far = 1 << 40
+    begin, end, nothing = (torch.stack(each) for each in zip(*(_tiled(w, tiles, rows) for w in classes), strict=True))
+    start, stop = begin.masked_fill(nothing, far).amin(-1), end.masked_fill(nothing, -far).amax(-1)
+    some = stop > start
+    start, stop = start * some, stop * some
+    common_first, common_last = begin.masked_fill(end > far, -far).amax(-1), end.amin(-1)
+    some = some & (common_last > common_first)
+    return _Boxes(dilation, start, stop, torch.where(some, common_first, start), torch.where(some, common_last, start))
+
+
+def _tiled(windows: _Windows, tiles: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Begin, end and whether nothing is met, [tiles, rows]; a row that sticks out meets nothing and forbids nothing."""
+    missing = tiles * rows - windows.begin.shape[0]
+    begin = torch.nn.functional.pad(windows.begin, (0, missing), value=-(1 << 41))
+    end = torch.nn.functional.pad(windows.end, (0, missing), value=1 << 41)
+    nothing = torch.nn.functional.pad(windows.end <= windows.begin, (0, missing), value=True)
+    return begin.view(tiles, rows), end.view(tiles, rows), nothing.view(tiles, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+_PARTIAL = 1.35  # what a tile with a mask costs beside one without (docs/performance.md)
+
+
+@functools.lru_cache(maxsize=512)
+def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys: bool = False) -> GridTiles:
+    """Boxes of `rows` and `columns` tokens that leave the least to visit; ROWS where the predicate is not of a grid, or all of it
+    is met. `by_keys`: keys stay, queries move."""
+    rule = grid_rule(predicate, tokens)
+    if rule is None:
+        return ROWS
+    row_shapes, column_shapes = (_shapes(size, rule.lengths) for size in (rows, columns))
+    sides = torch.tensor([1 << i for i in range(columns.bit_length())])
+    visited: list[dict[tuple[int, int], int]] = []
+    full: list[dict[tuple[int, int], int]] = []
+    for place in range(len(rule.lengths)):
+        visited.append({})
+        full.append({})
+        for r in {shape[place] for shape in row_shapes}:
+            boxes = _boxes(rule, place, r, by_keys)
+            if boxes is None:
+                return ROWS
+            for side, met, whole_ in zip(sides.tolist(), *(x.tolist() for x in boxes.counts(sides)), strict=True):
+                visited[place][r, side], full[place][r, side] = met, whole_
+    never_full = rule.rest != TRUE or rule.across != TRUE
+
+    def cost(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
+        sides = list(enumerate(zip(*shape, strict=True)))
+        met = math.prod(visited[place][pair] for place, pair in sides)
+        free = 0 if never_full else math.prod(full[place][pair] for place, pair in sides)
+        return free + _PARTIAL * (met - free)
+
+    best = min(itertools.product(row_shapes, column_shapes), key=cost)
+    if cost(best) >= _ceil(tokens, rows) * _ceil(tokens, columns):
+        return ROWS
+    return _tiles(rule, *best, by_keys)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_keys: bool) -> GridTiles:
+    axes = []
+    inside, excluded = True, rule.across == TRUE
+    for place, (length, r, c) in enumerate(zip(rule.lengths, rows, columns, strict=True)):
+        boxes, windows = _boxes(rule, place, r, by_keys), _windows(rule.along[place], length, by_keys)
+        assert boxes is not None and windows is not None
+        origin, count, _, _ = boxes.cut(c)
+        axes.append(GridAxis(length, boxes.dilation, r, c, max(int(count.max()), 1)))
+        met = count > 0
+        last = origin + (count * c - 1) * boxes.dilation
+        inside = inside and bool((origin[met] >= 0).all()) and bool((last[met] < length).all())
+        excluded = excluded and windows[2]
+    return GridTiles(tuple(axes), inside, inside or excluded)
+
+
+def _shapes(size: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The boxes of `size` tokens whose sides are powers of two, none longer than its axis needs."""
+    room = [1 << (length - 1).bit_length() for length in lengths]
+    powers = [1 << i for i in range(size.bit_length())]
+    found = [shape for shape in itertools.product(powers, repeat=len(lengths)) if math.prod(shape) == size]
+    fitting = [shape for shape in found if all(side <= most for side, most in zip(shape, room, strict=True))]
+    return fitting or [shape for shape in found if shape[:-1] == (1,) * (len(lengths) - 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------- planning
+
+
+def box_coverage(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool) -> tuple[Tensor, Tensor]:
+    """(0 empty, 1 partial, 2 full for every tile of rows and every tile of its box, int8 [row_tiles, tiles of a box]; the token
+    where each box begins, int32 [row_tiles, axes])."""
+    rule = grid_rule(predicate, tokens)
+    assert rule is not None
+    lengths = [axis.row_tiles for axis in tiles.axes]
+    coverage = torch.full((1, 1), 2 if rule.rest == TRUE else 1, dtype=torch.int8)
+    origins = []
+    for place, axis in enumerate(tiles.axes):
+        boxes = _boxes(rule, place, axis.rows, by_keys)
+        assert boxes is not None
+        origin, count, first, last = (x[:, None] for x in boxes.cut(axis.columns))
+        step = torch.arange(axis.reach)
+        along = (step < count).to(torch.int8) + ((first <= step) & (step < last)).to(torch.int8)
+        coverage = torch.minimum(coverage[:, None, :, None], along[None, :, None, :]).flatten(2).flatten(0, 1)
+        spread = [1] * len(lengths)
+        spread[place] = lengths[place]
+        origins.append(origin.reshape(spread).expand(lengths).reshape(-1))
+    begins = torch.stack(origins, 1)
+    if rule.across != TRUE:
+        coverage = _looked_at(rule.across, tiles, coverage, begins, by_keys)
+    return coverage, begins.to(torch.int32)
+
+
+def _looked_at(across: Expr, tiles: GridTiles, coverage: Tensor, origins: Tensor, by_keys: bool) -> Tensor:
+    """The same, with what bounds of `across` over every tile that is met say of it."""
+    row, column = (KV_IDX, Q_IDX) if by_keys else (Q_IDX, KV_IDX)
+    rows, steps = (coverage > 0).nonzero(as_tuple=True)
+    leaves: dict[Expr, Interval] = {}
+    sticks_out = torch.zeros_like(rows, dtype=torch.bool)
+    inner_rows, inner_steps = tiles.row_tiles, coverage.shape[1]
+    for place, axis in enumerate(tiles.axes):
+        inner_rows, inner_steps = inner_rows // axis.row_tiles, inner_steps // axis.reach
+        first = rows // inner_rows % axis.row_tiles * axis.rows
+        leaves[coordinate(row, place)] = Interval(first, (first + axis.rows - 1).clamp(max=axis.length - 1))
+        begin = origins[rows, place] + steps // inner_steps % axis.reach * axis.columns
+        end = begin + axis.columns - 1
+        sticks_out |= (begin < 0) | (end >= axis.length)
+        leaves[coordinate(column, place)] = Interval(begin.clamp(0, axis.length - 1), end.clamp(0, axis.length - 1))
+    found = bounds(across, leaves)
+    kind = found.hi.to(torch.int8) + (found.lo & ~sticks_out).to(torch.int8)
+    coverage[rows, steps] = torch.minimum(coverage[rows, steps], kind)
+    return coverage
+
+
+def rows_keep_some(predicate: Expr, tokens: int) -> bool:
+    """True where every query of the grid surely keeps a key."""
+    rule = grid_rule(predicate, tokens)
+    if rule is None or rule.rest != TRUE or rule.across != TRUE:
+        return False
+    found = [_windows(demand, length, False) for demand, length in zip(rule.along, rule.lengths, strict=True)]
+    return all(w is not None and all(bool((c.end > c.begin).all()) for c in w[1]) for w in found)

@@ -1,0 +1,37 @@
+"""Published systems as a user would write them, one file each, with a declared twin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attncompiler.errors import OptionError
+from attncompiler.zoo import (
+    attention_sinks,
+    clear,
+    davit,
+    fna,
+    gna,
+    halonet,
+    packed_documents,
+    prefix_lm,
+    prflash,
+    radial,
+    rat,
+    s2,
+    sliding_window,
+)
+from attncompiler.zoo.system import Example, Size, System
+
+__all__ = ["SYSTEMS", "Example", "Size", "System", "system_named"]
+
+_FILES = (
+    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash,
+)  # fmt: skip
+SYSTEMS: Mapping[str, System] = {system.name: system for file in _FILES for system in file.SYSTEMS}
+
+
+def system_named(name: str) -> System:
+    """Raises: OptionError for a name that is not there."""
+    if name not in SYSTEMS:
+        raise OptionError(f"the zoo has no {name!r}", do=f"it has {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
