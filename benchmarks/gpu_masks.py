@@ -146,7 +146,7 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor]) -> str:
     ms = {name: statistics.median(times) for name, times in timed.items()}
     kept = case.mask.kept_pairs(1, h, n, n)
     assert kept is not None
-    predicted = _predicted(program, kept, n, h, d)
+    predicted = _predicted(program, made, kept)
 
     def rate(name: str, forwards: float) -> str:
         return f"{ms[name]:.3f} ({forwards * 4 * kept * d / ms[name] / 1e9:.0f})" if name in ms else ""
@@ -160,11 +160,11 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _predicted(program: Attention, kept: int, n: int, h: int, d: int) -> float:
+def _predicted(program: Attention, made: dict[str, Tensor], kept: int) -> float:
     """The forward time that `attncompiler plan` predicts, of the plan that the kernel ran."""
-    call = next(call for call in prepared._PREPARED.values() if call.program == program)
-    plan = call._planners["attention_forward"]._rows(program, {})
-    return speed_of_light(plan, kept, (1, h, n, n, d), TARGETS["sm_90"]).predicted_ms
+    plan = prepared.prepare(program, made, {})._planners["attention_forward"]._rows(program, made)
+    (b, h, m, d), n = made["q"].shape, made["k"].shape[2]
+    return speed_of_light(plan, kept, (b, h, m, n, d), TARGETS["sm_90"]).predicted_ms
 
 
 def main() -> int:

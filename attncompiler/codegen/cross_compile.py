@@ -50,7 +50,7 @@ def kernels_of(program: Attention, schedule: Schedule, layout: Layout) -> dict[s
     sides = needed_kernels(program, layout.wanted)
     found = {"attention_forward": schedule.forward}
     if sides:
-        found["attention_delta"] = KernelSchedule(64, 64, 4, 1)
+        found["attention_delta"] = schedule.delta
     if "queries" in sides:
         found["attention_backward_queries"] = schedule.backward_queries
     if "keys" in sides:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from attncompiler.codegen.positions import TilePositions
@@ -29,7 +29,7 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Dtype, Empty
 from attncompiler.passes.grid import grid_rule
 from attncompiler.passes.plan import keeps_only_keys, score_where_kept
-from attncompiler.tuning.schedule import KernelSchedule, Schedule
+from attncompiler.tuning.schedule import Schedule
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 512
@@ -75,7 +75,8 @@ class Emission:
         self.value = self.vectors[program.sum]
         self.group = shared_heads(program, layout.groups)
         self.helpers: set[str] = set()
-        self.precision = f', input_precision="{schedule.float32}"' if self._is(Dtype.F32) else ""
+        self.float32 = schedule.float32 if self._is(Dtype.F32) else ""  # "": no product needs more than the hardware's own way
+        self.in_parts = self.float32 == "parts"
         self.kept_score = score_where_kept(program)
 
     def _is(self, dtype: Dtype) -> bool:
@@ -83,9 +84,9 @@ class Emission:
 
     # ------------------------------------------------------------------------------------------------------ loads
 
-    def load(self, vector: Vector, row: str, rows: str, at: tuple[str, ...], masked: bool) -> str:
+    def load(self, vector: Vector, row: str, rows: str, at: tuple[str, ...], masked: bool, whole: bool = True) -> str:
         """Lines that load a tile of vectors [rows, channels] into the variable named as the operand; `at` is where a descriptor
-        loads from."""
+        loads from. Where products come in parts, only the addresses, unless the tile is needed `whole`."""
         name, big = vector.name, pointer_name(vector.name)
         head = "h" if vector.group == 1 else f"(h // {vector.group})"
         if self.schedule.descriptors:
@@ -94,18 +95,15 @@ class Emission:
             [f"({name}_channels[None, :] < {vector.size})"] if vector.block != vector.size else []
         )
         guard = f", mask={' & '.join(tests)}, other=0.0" if tests else ""
-        lines = [f"{name}_channels = tl.arange(0, {vector.block})"]
-        lines.append(
+        addresses = (
             f"{name}_rows = {big} + b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
             f" + {row}.to(tl.int64)[:, None] * stride_{name}_row"
         )
+        if self.in_parts and not whole:
+            return addresses
+        lines = [f"{name}_channels = tl.arange(0, {vector.block})", addresses]
         lines.append(f"{name} = tl.load({name}_rows + {name}_channels[None, :] * stride_{name}_channel{guard})")
         return "\n".join(lines)
-
-    def kernel_schedule(self, kernel: str) -> KernelSchedule:
-        """The schedule of a kernel by its name."""
-        chosen: KernelSchedule = getattr(self.schedule, kernel.removeprefix("attention_"))
-        return chosen
 
     def has_warp_roles(self, kernel: str) -> bool:
         return self.schedule.warp_roles and kernel == "attention_forward"
@@ -125,7 +123,7 @@ class Emission:
 
     def descriptor_block(self, kernel: str, name: str) -> tuple[int, ...] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
-        if not self.schedule.descriptors or kernel == "attention_delta":
+        if not self.schedule.descriptors or not self.schedule.follows_plan(kernel):
             return None
         lefts = {"O", "DO", *(pointer_name(v.name) for v in self.lefts())}
         sizes = {pointer_name(v.name): v.block for v in self.vectors.values()} | {"DO": self.value.block}
@@ -140,18 +138,21 @@ class Emission:
 
     def box(self, kernel: str, axis: Axis) -> tuple[int, ...]:
         """The shape of a tile along the axes of tokens."""
-        schedule = self.kernel_schedule(kernel)
+        schedule = self.schedule.of(kernel)
         by_keys, tiles = kernel == "attention_backward_keys", schedule.tiles
         if not tiles:
             return (schedule.block_m if axis == Q_IDX else schedule.block_n,)
         return tiles.rows if (axis == KV_IDX) == by_keys else tiles.columns
 
-    def load_all(self, vectors: Iterable[Vector], row: str, rows: str, at: tuple[str, ...], masked: bool) -> str:
-        return "\n".join(self.load(vector, row, rows, at, masked) for vector in dict.fromkeys(vectors))
+    def load_all(
+        self, vectors: Iterable[Vector], row: str, rows: str, at: tuple[str, ...], masked: bool, whole: Collection[Vector] = ()
+    ) -> str:
+        """Lines that load the vectors of products of queries and keys; `whole` are those that other products take as well."""
+        return "\n".join(self.load(v, row, rows, at, masked, v in whole) for v in dict.fromkeys(vectors))
 
     def positions(self, kernel: str) -> tuple[TilePositions, TilePositions]:
         """How a kernel finds the positions of its queries, and of its keys."""
-        tiles = self.kernel_schedule(kernel).tiles
+        tiles = self.schedule.of(kernel).tiles
         by_keys = kernel == "attention_backward_keys"
         return TilePositions(Q_IDX, tiles, by_keys), TilePositions(KV_IDX, tiles, not by_keys)
 
@@ -164,12 +165,30 @@ class Emission:
     def products(self, transposed: bool) -> str:
         lines = []
         for dot, name in self.dot_names.items():
-            left, right = (self.vectors[read].name for read in (dot.left, dot.right))
-            if len({self.program.decls[vector].dtype for vector in (left, right)}) > 1:
-                left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"  # a product takes two of a kind
-            first, second = (right, left) if transposed else (left, right)
-            lines.append(f"{name} = tl.dot({first}, tl.trans({second}){self.precision})")
+            left, right = self.vectors[dot.left], self.vectors[dot.right]
+            if len({self.program.decls[vector.name].dtype for vector in (left, right)}) > 1 and not self.in_parts:
+                sides = (f"{left.name}.to(tl.float32)", f"{right.name}.to(tl.float32)")  # a product takes two of a kind
+            else:
+                sides = left.name, right.name
+            lines.append(f"{name} = {self.inner_products(*sides, left.size, transposed)}")
         return "\n".join(lines)
+
+    def inner_products(self, query: str, key: str, size: int, transposed: bool) -> str:
+        """Of each vector of the query side with each of the key side, over `size` channels; `transposed` puts keys on rows."""
+        if self.in_parts:
+            self.helpers |= {"add_apart", "dot_in_parts"}
+            query = f"{query}_rows, q_idx[:, None] < M, {'stride_do_d' if query == 'do' else f'stride_{query}_channel'}"
+            key = f"{key}_rows, kv_idx[:, None] < N, stride_{key}_channel"
+        first, second = (key, query) if transposed else (query, key)
+        return f"dot_in_parts({first}, {second}, {size})" if self.in_parts else self.dot(first, f"tl.trans({second})")
+
+    def dot(self, left: str, right: str, onto: str = "") -> str:
+        """A product of two tiles, added `onto` an accumulator if there is one."""
+        if self.in_parts and onto:
+            self.helpers.add("add_apart")
+            return f'add_apart({onto}, tl.dot({left}, {right}, input_precision="ieee"))'
+        precision = f'input_precision="{self.float32}"' if self.float32 else ""
+        return f"tl.dot({', '.join(filter(None, [left, right, onto, precision]))})"
 
     # ----------------------------------------------------------------------------------------------------- scores
 
@@ -204,8 +223,7 @@ class Emission:
         """What makes the scores of a partial tile -inf outside `keep` and outside the tensors."""
         keep, axes = self.program.keep, self.program.axes
         tests = [f"({names.axis('kv_idx')} < N)"]
-        tiles = self.kernel_schedule(kernel).tiles
-        if tiles:
+        if self.schedule.of(kernel).tiles:
             return self._grid_mask_lines(names, kernel)
         if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
             ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
@@ -340,10 +358,10 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     """The signature of a kernel: only what it uses."""
     wanted = e.layout.wanted
     sizes = size_names(e.program, e.program.expressions)
-    if kernel == "delta":
-        out = ["O", "DO", "Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])
+    rows = ["Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])  # what a delta kernel reads and makes
+    if kernel == "delta" and not e.schedule.delta_over_keys:
         strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]
-        return [*out, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
+        return ["O", "DO", *rows, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
     vectors = list(e.vectors.values())
     parameters = [pointer_name(v.name) for v in vectors]
     if not e.schedule.descriptors:
@@ -355,13 +373,16 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     if kernel == "forward":
         parameters += ["O", "Lse", *(["Rcp"] if e.program.has_rcp else []), "stride_o_b", "stride_o_h", "stride_o_m"]
     else:
+        rcp = ["Rcp"] if e.program.has_rcp else []
         parameters += ["DO", *([] if e.schedule.descriptors else [f"stride_do_{a}" for a in "bhmd"])]
-        parameters += ["Reference", *(["Rcp"] if e.program.has_rcp else []), "Delta"]
+        parameters += [*rcp, *rows] if kernel == "delta" else ["Reference", *rcp, "Delta"]
         reads = element_gradients(e.program, wanted)
+        moved: list[Vector] = []
+        tags: list[str] = []
         if kernel == "queries":
             moved = [e.vectors[d.left] for d in e.dots if d.left.tensor in wanted]
             tags = [tag(e, r) for r in reads if side_of(r) != "kv"]
-        else:
+        elif kernel == "keys":
             moved = [e.vectors[d.right] for d in e.dots if d.right.tensor in wanted]
             moved += [e.value] if e.value.name in wanted else []
             tags = [tag(e, r) for r in reads if side_of(r) == "kv"]
@@ -369,7 +390,8 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
             parameters.append(f"Grad_{vector.name}")
             parameters += [f"stride_grad_{vector.name}_{a}" for a in ("b", "h", "row", "channel")]
         parameters += [f"Grad_{tag}" for tag in tags]
-    parameters += ["Origins", "Windows"] if e.kernel_schedule(f"backward_{kernel}" if kernel != "forward" else kernel).tiles else []
+    tiles = e.schedule.of(f"backward_{kernel}" if kernel in ("queries", "keys") else kernel).tiles
+    parameters += ["Origins", "Windows"] if tiles else []
     for name in ("Full", "Partial"):
         parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
     parameters += ["NextRow"] if kernel == "forward" and e.takes_tickets else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 from attncompiler.codegen.emission import (
     Emission,
     Vector,
@@ -19,7 +21,7 @@ from attncompiler.ir.expr import ONE, TRUE, Const, Dot, Read
 from attncompiler.ir.program import Empty
 from attncompiler.templates import softmax_backward, softmax_forward
 
-QUERIES, KEYS = "attention_backward_queries", "attention_backward_keys"
+DELTA, QUERIES, KEYS = "attention_delta", "attention_backward_queries", "attention_backward_keys"
 
 
 def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
@@ -34,42 +36,62 @@ def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> 
     return " + ".join(parts) if parts else "tl.zeros_like(ds)", 1.0
 
 
-def _ds_lines(e: Emission, names: Names, transposed: bool) -> list[str]:
-    row = "[None, :]" if transposed else "[:, None]"
+def _factor_lines(e: Emission, names: Names) -> tuple[list[str], str]:
+    """(lines that make the factor of `adjust`, d loss / d weight before it is normalised)."""
     if e.program.adjust == ONE:
-        return [f"ds = p * (dp - delta{row})"]
+        return [], "dp"
     before = len(names.lines)
     factor = triton(e.program.adjust, names)
     lines = names.lines[before:]
     del names.lines[before:]
-    return [*lines, f"factor = {factor}", f"ds = p * (dp * factor - delta{row})"]
+    return [*lines, f"factor = {factor}"], "dp * factor"
+
+
+def _ds_lines(e: Emission, names: Names, transposed: bool) -> list[str]:
+    lines, gradient = _factor_lines(e, names)
+    return [*lines, f"ds = p * ({gradient} - delta{'[None, :]' if transposed else '[:, None]'})"]
 
 
 def queries_source(e: Emission) -> str:
     wanted = e.layout.wanted
-    names = e.names(QUERIES, frozenset({"q_idx"}))
-    where, _ = e.positions(QUERIES)
-    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_tile * BLOCK_M"), True)
-    before = e.preload(names, frozenset({"b", "h", "q_idx"}))
     lefts = [dot for dot in e.dots if dot.left.tensor in wanted]
     rows = [r for r in element_gradients(e.program, wanted) if side_of(r) == "q"]
     accumulators = [f"d{e.vectors[d.left].name} = tl.zeros([BLOCK_M, {e.vectors[d.left].block}], tl.float32)" for d in lefts]
     accumulators += [f"d_{tag(e, r)} = tl.zeros([BLOCK_M], tl.float32)" for r in rows]
     factors: dict[str, float] = {}
-    loops = "\n".join(_queries_loop(e, names, masked, lefts, rows, factors) for masked in (False, True))
+    where, _ = e.positions(QUERIES)
+    names, load_queries = _query_tile(e, QUERIES)
+    whole = {e.vectors[d.right] for d in lefts}
+    loops = _over_keys(e, QUERIES, names, whole, lambda names, masked: _query_gradients(e, names, masked, lefts, rows, factors))
     store = [_store_vector(e, e.vectors[d.left], "q_idx", "M", factors) for d in dict.fromkeys(lefts)]
     store += [f"tl.store(Grad_{tag(e, r)} + rows, d_{tag(e, r)}, mask=q_idx < M)" for r in rows]
     return fill(
         softmax_backward.QUERIES,
+        kernel=QUERIES,
         parameters=signature(parameters_of(e, "queries")),
         query_positions=where.lines("q_tile", "q_tile * BLOCK_M", "tl.arange(0, BLOCK_M)"),
-        load_queries="\n".join(filter(None, [queries, before])),
-        load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M")),
+        load_queries=load_queries,
+        load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M"), False),
+        load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         accumulators="\n".join(dict.fromkeys(accumulators)),
         loops=loops,
         store="\n".join(store),
-    ).replace("BLOCK_DV", str(e.value.block))  # fmt: skip
+    ).replace("BLOCK_DV", str(e.value.block))
+
+
+def _query_tile(e: Emission, kernel: str) -> tuple[Names, str]:
+    """The names of a kernel that has queries on rows, and the lines that load what does not change over its keys."""
+    names = e.names(kernel, frozenset({"q_idx"}))
+    where, _ = e.positions(kernel)
+    queries = e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_tile * BLOCK_M"), True)
+    before = e.preload(names, frozenset({"b", "h", "q_idx"}))
+    return names, "\n".join(filter(None, [queries, before]))
+
+
+def _over_keys(e: Emission, kernel: str, outer: Names, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]) -> str:
+    """The loops over full and partial key tiles; `use(names, masked)` writes what is done with p, dp and the vectors `whole`."""
+    return "\n".join(_queries_loop(e, kernel, outer, masked, whole, use) for masked in (False, True))
 
 
 def _recomputed(e: Emission, kernel: str, outer: Names, masked: bool) -> tuple[Names, str, str, str, list[str]]:
@@ -83,9 +105,10 @@ def _recomputed(e: Emission, kernel: str, outer: Names, masked: bool) -> tuple[N
     return names, score, scale, mask, loads
 
 
-def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]) -> str:
-    names, score, scale, mask, loads = _recomputed(e, QUERIES, outer, masked)
-    _, where = e.positions(QUERIES)
+def _query_gradients(
+    e: Emission, names: Names, masked: bool, lefts: list[Dot], rows: list[Read], factors: dict[str, float]
+) -> list[str]:
+    """What a tile of keys adds to the gradients of the query side. `factors` receives what is left to scale each vector's by."""
     lines = _ds_lines(e, names, False)
     for dot in lefts:
         text, factor = _gradient_text(e, names, dot, masked)
@@ -93,7 +116,7 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
         if sum(other.left == dot.left for other in e.dots) > 1:  # each product has a factor of its own
             text, factor = _scaled(text, factor), 1.0
         factors[left] = factor
-        lines.append(f"d{left} = tl.dot(({text}).to({right}.dtype), {right}, d{left}{e.precision})")
+        lines.append(f"d{left} = {e.dot(f'({text}).to({right}.dtype)', right, f'd{left}')}")
     for read in rows:
         text, factor = _gradient_text(e, names, read, masked)
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
@@ -104,20 +127,28 @@ def _queries_loop(e: Emission, outer: Names, masked: bool, lefts: list[Dot], row
             lines.append(
                 f"tl.store(Grad_{tag(e, read)} + at, {_scaled(text, factor)}, mask=(q_idx[:, None] < M) & (kv_idx[None, :] < N))"
             )
-    lines = [*names.lines, *lines]
+    return lines
+
+
+def _queries_loop(
+    e: Emission, kernel: str, outer: Names, masked: bool, whole: Collection[Vector], use: Callable[[Names, bool], list[str]]
+) -> str:
+    names, score, scale, mask, loads = _recomputed(e, kernel, outer, masked)
+    _, where = e.positions(kernel)
+    lines = use(names, masked)
     tile = fill(
         softmax_backward.QUERIES_TILE,
         key_positions=where.lines("kv_start // BLOCK_N", "kv_start", "tl.arange(0, BLOCK_N)"),
-        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
+        load_keys=e.load_all(e.rights(), "kv_idx", "BLOCK_N", where.at("kv_start"), masked, whole),
         score_lines="\n".join(filter(None, [e.products(False), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[:, None]" if e.program.has_rcp else "",
         load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
-        gradients="\n".join(lines),
-        precision=e.precision,
-    ).replace("tl.trans(v)", f"tl.trans({e.value.name})")
+        grad_weights=e.inner_products("do", e.value.name, e.value.size, False),
+        gradients="\n".join([*names.lines, *lines]),
+    )
     name = "Partial" if masked else "Full"
     row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
     return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, row, where)
@@ -164,8 +195,8 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     lines = []
     if value in e.layout.wanted:
         weights = "p" if e.program.adjust == ONE else "(p * factor)"
-        lines.append(f"d{value} = tl.dot({weights}.to(do.dtype), do, d{value}{e.precision})")
-    lines.append(f"dp = tl.dot({value}, tl.trans(do){e.precision})")
+        lines.append(f"d{value} = {e.dot(f'{weights}.to(do.dtype)', 'do', f'd{value}')}")
+    lines.append(f"dp = {e.inner_products('do', value, e.value.size, True)}")
     if e.program.adjust != ONE:
         lines = [*ds[:-1], *lines, ds[-1]]
     else:
@@ -176,21 +207,22 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
         if sum(other.right == dot.right for other in e.dots) > 1:
             text, factor = _scaled(text, factor), 1.0
         factors[right] = factor
-        lines.append(f"d{right} = tl.dot(({text}).to({left}.dtype), {left}, d{right}{e.precision})")
+        lines.append(f"d{right} = {e.dot(f'({text}).to({left}.dtype)', left, f'd{right}')}")
     for read in columns:
         text, factor = _gradient_text(e, names, read, masked)
         lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
     tile = fill(
         softmax_backward.KEYS_TILE,
         query_positions=where.lines("q_start // BLOCK_M", "q_start", "tl.arange(0, BLOCK_M)"),
-        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_start"), True),
+        load_queries=e.load_all(e.lefts(), "q_idx", "BLOCK_M", where.at("q_start"), True, {e.vectors[d.left] for d in rights}),
+        load_rows=softmax_backward.LOAD_DELTA,
         load_rcp=_load_rcp(e),
         score_lines="\n".join(filter(None, [e.products(True), *loads])),
         score=score,
         scale=scale,
         apply_mask=mask,
         rcp=" * rcp[None, :]" if e.program.has_rcp else "",
-        load_grad_o=_load_grad_o(e, where.at("q_start")),
+        load_grad_o=_load_grad_o(e, where.at("q_start"), value in e.layout.wanted),
         gradients="\n".join([*names.lines, *lines]),
     )
     name = "Partial" if masked else "Full"
@@ -202,13 +234,17 @@ def _scaled(text: str, factor: float) -> str:
     return text if factor == 1.0 else f"({text}) * {number(factor)}"
 
 
-def _load_grad_o(e: Emission, at: tuple[str, ...]) -> str:
+def _load_grad_o(e: Emission, at: tuple[str, ...], whole: bool) -> str:
+    """As `Emission.load` does for vectors."""
     value = e.value
     if e.schedule.descriptors:
         return f"do = DO.load([{corner('h', 1, at)}, 0]).reshape(BLOCK_M, {value.block})"
+    addresses = "DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m"
+    if e.in_parts and not whole:
+        return f"do_rows = {addresses}"
     return (
         f"do_channels = tl.arange(0, {value.block})\n"
-        "do_rows = DO + b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m\n"
+        f"do_rows = {addresses}\n"
         f"inside = (q_idx[:, None] < M) & (do_channels[None, :] < {value.size})\n"
         "do = tl.load(do_rows + do_channels[None, :] * stride_do_d, mask=inside, other=0.0)"
     )
@@ -233,18 +269,38 @@ def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dic
 
 
 def delta_source(e: Emission) -> str:
-    subtract = "delta -= tl.load(DLse + at, mask=rows < M, other=0.0)" if e.layout.has_grad_lse else ""
-    empty = ""
+    lse = e.base2("tl.load(Lse + rows, mask=q_idx < M, other=0.0)")
+    guard, zero = "", ""
     if e.program.keep.predicate != TRUE and e.program.keep.empty is not Empty.SCORE:
-        empty = (
-            'empty = lse == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
-            'lse = tl.where(empty, float("inf"), lse)\n'
-            "delta = tl.where(empty, 0.0, delta)"
+        guard = (
+            'empty = reference == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
+            'reference = tl.where(empty, float("inf"), reference)'
         )
+        zero = "delta = tl.where(empty, 0.0, delta)"
+    reference = fill(softmax_backward.MAKE_REFERENCE, lse=lse, guard_empty=guard)
+    subtract = "delta -= tl.load(DLse + rows, mask=q_idx < M, other=0.0)" if e.layout.has_grad_lse else ""
+    store = fill(softmax_backward.STORE_DELTA, subtract_grad_lse=subtract, guard_empty=zero)
+    parameters = signature(parameters_of(e, "delta"))
+    if not e.schedule.delta_over_keys:
+        text = fill(softmax_backward.DELTA, parameters=parameters, make_reference=reference, store_delta=store)
+        return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")
+    where, _ = e.positions(DELTA)
+    names, load_queries = _query_tile(e, DELTA)
     return fill(
-        softmax_backward.DELTA,
-        parameters=signature(parameters_of(e, "delta")),
-        subtract_grad_lse=subtract,
-        lse=e.base2("tl.load(Lse + at, mask=rows < M, other=0.0)"),
-        guard_empty=empty,
-    ).replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")  # fmt: skip
+        softmax_backward.QUERIES,
+        kernel=DELTA,
+        parameters=parameters,
+        query_positions=where.lines("q_tile", "q_tile * BLOCK_M", "tl.arange(0, BLOCK_M)"),
+        load_queries=load_queries,
+        load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M"), False),
+        load_rows=reference,
+        load_rcp=_load_rcp(e),
+        accumulators="delta = tl.zeros([BLOCK_M], tl.float32)",
+        loops=_over_keys(e, DELTA, names, (), lambda names, masked: _delta_lines(e, names)),
+        store=store,
+    ).replace("BLOCK_DV", str(e.value.block))
+
+
+def _delta_lines(e: Emission, names: Names) -> list[str]:
+    lines, gradient = _factor_lines(e, names)
+    return [*lines, f"delta += tl.sum(p * ({gradient}), 1)"]

@@ -57,7 +57,7 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
     mask = e.mask_lines(names, KERNEL) if masked else ""
-    adjust, weights = "", "p"
+    adjust, weights, value = "", "p", e.value.name
     before_adjust = len(names.lines)
     if e.program.adjust != ONE:
         factor = triton(e.program.adjust, names)
@@ -76,10 +76,9 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
         if masked
         else "m_ref = m_new",
         adjust=adjust,
-        load_values=e.load_all([e.value], "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
-        weights=weights,
-        precision=e.precision,
-    ).replace("v.dtype), v,", f"{e.value.name}.dtype), {e.value.name},")
+        load_values=e.load(e.value, "kv_idx", "BLOCK_N", where.at("kv_start"), masked),
+        add_values=e.dot(f"{weights}.to({value}.dtype)", value, "acc * alpha[:, None]"),
+    )
     name = "Partial" if masked else "Full"
     row = e.plan_row("tl.program_id(0)", "tl.num_programs(0)")
     return visit_ranges(softmax_forward.LOOP_OVER_RANGES, name, tile, row, where)

@@ -217,6 +217,24 @@ def to_natural(x):
     """The inverse of to_base2."""
     return tl.where(x > -1.0e38, x * 0.6931471805599453, x)
 ''',
+    "add_apart": '''
+@triton.jit
+def add_apart(x, y):
+    """x + y; as a plain sum Triton would make the accumulator x the head of the chain of multiply-adds that y is."""
+    return tl.sum(tl.join(x, y), 2)
+''',
+    "dot_in_parts": '''
+@triton.jit
+def dot_in_parts(a_rows, a_inside, stride_a, b_rows, b_inside, stride_b, SIZE: tl.constexpr):
+    """The products of rows of a with rows of b, which the pointers begin; each is summed in chains of 32 channels."""
+    total = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for part in range(0, SIZE, 32):
+        channels = part + tl.arange(0, 32)[None, :]
+        a = tl.load(a_rows + channels * stride_a, mask=a_inside & (channels < SIZE), other=0.0).to(tl.float32)
+        b = tl.load(b_rows + channels * stride_b, mask=b_inside & (channels < SIZE), other=0.0).to(tl.float32)
+        total = add_apart(total, tl.dot(a, tl.trans(b), input_precision="ieee"))
+    return total
+''',
     "uniform": '''
 @triton.jit
 def _fmix32(x):

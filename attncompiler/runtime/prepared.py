@@ -28,8 +28,6 @@ from attncompiler.runtime.planning import Planner
 from attncompiler.tuning.schedule import KernelSchedule, Schedule, choose_schedule, in_boxes
 from attncompiler.tuning.target import Target, target_of_capability
 
-_DELTA = KernelSchedule(64, 64, 4, 1)
-
 
 @functools.lru_cache(maxsize=64)
 def _multiprocessors(device: torch.device) -> int:
@@ -176,10 +174,10 @@ class Prepared:
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self.run(name, variant, tensors, operands, describe)
-        schedule = _DELTA if name == "attention_delta" else getattr(self.schedule, name[len("attention_") :])
+        schedule = self.schedule.of(name)
         launch = self._launches.get((name, variant))
         planner = self._planners.get(name)
-        if planner is None and schedule is not _DELTA:
+        if planner is None and self.schedule.follows_plan(name):
             by_keys = name == "attention_backward_keys"
             planner = self._planners[name] = Planner(self.program, self.sizes, self.extents, schedule, by_keys, self.device)
         plan: Constants = {}
@@ -194,7 +192,7 @@ class Prepared:
         operands: Mapping[str, Tensor], plan: Constants,
     ) -> Launch:  # fmt: skip
         module = load_module(emit(self.program, self.schedule, layout))
-        emission = None if schedule is _DELTA else Emission(self.program, self.schedule, layout)
+        emission = Emission(self.program, self.schedule, layout)
         b, h = self.extents["b"], self.extents["h"]
         if name == "attention_backward_keys":
             tiles, rows = -(-self.extents["kv_idx"] // schedule.block_n), b * (h // shared_heads(self.program, self.groups))
@@ -202,7 +200,7 @@ class Prepared:
             tiles, rows = -(-self.extents["q_idx"] // schedule.block_m), b * h
         tiles = schedule.tiles.row_tiles if schedule.tiles else tiles
         grid = (tiles, rows)
-        if emission is not None and emission.has_warp_roles(name):
+        if emission.has_warp_roles(name):
             alike = emission.takes_tickets or self._planners[name].rows_alike(operands)
             grid = (min(tiles * rows, _multiprocessors(self.device)) if alike else tiles * rows, 1)
         static = name not in self._planners or self._planners[name].is_static

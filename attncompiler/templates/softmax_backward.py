@@ -4,32 +4,49 @@ P = exp2(score - reference), the reference being lse in base-2 units; dS = P * (
 kernel walks the keys of each query tile and makes the gradients of the query side; the other walks the queries of each key tile and
 makes those of the key side. That one has keys on rows, so that no register tile is transposed before a product (Triton 3.4 to 3.7.0
 miscompiles that on Hopper).
+
+delta is also rowsum(P * dP). Summed from the P and dP that dS is made of, by a walk of its own over the keys, it leaves in a sum of
+dS over keys the rounding of that sum only; rowsum(O * dO) leaves that of O, which is rounded to the operands' dtype.
 """
 
 DELTA = """
 @triton.jit
 def attention_delta({parameters}):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_idx = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     channels = tl.arange(0, BLOCK_DV)
-    inside = (rows[:, None] < M) & (channels[None, :] < DV)
-    at_o = b.to(tl.int64) * stride_o_b + h.to(tl.int64) * stride_o_h + rows.to(tl.int64)[:, None] * stride_o_m
-    at_do = b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + rows.to(tl.int64)[:, None] * stride_do_m
+    inside = (q_idx[:, None] < M) & (channels[None, :] < DV)
+    at_o = b.to(tl.int64) * stride_o_b + h.to(tl.int64) * stride_o_h + q_idx.to(tl.int64)[:, None] * stride_o_m
+    at_do = b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m
     o = tl.load(O + at_o + channels[None, :], mask=inside, other=0.0).to(tl.float32)
     do = tl.load(DO + at_do + channels[None, :] * stride_do_d, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, 1)
-    at = (b.to(tl.int64) * H + h) * M + rows
-    {subtract_grad_lse}
-    lse = {lse}
-    {guard_empty}
-    tl.store(Delta + at, delta, mask=rows < M)
-    tl.store(Reference + at, lse, mask=rows < M)
+    rows = (b.to(tl.int64) * H + h) * M + q_idx
+    {make_reference}
+    {store_delta}
+"""
+
+MAKE_REFERENCE = """
+reference = {lse}
+{guard_empty}
+"""
+
+STORE_DELTA = """
+{subtract_grad_lse}
+{guard_empty}
+tl.store(Delta + rows, delta, mask=q_idx < M)
+tl.store(Reference + rows, reference, mask=q_idx < M)
+"""
+
+LOAD_DELTA = """
+reference = tl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
+delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
 """
 
 QUERIES = """
 @triton.jit
-def attention_backward_queries({parameters}):
+def {kernel}({parameters}):
     q_tile = tl.load(Order + tl.program_id(0))
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -38,8 +55,7 @@ def attention_backward_queries({parameters}):
     {load_queries}
     {load_grad_o}
     rows = (b.to(tl.int64) * H + h) * M + q_idx
-    reference = tl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
-    delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
+    {load_rows}
     {load_rcp}
     {accumulators}
     {loops}
@@ -54,7 +70,7 @@ scores = {score}
 {apply_mask}
 p = tl.exp2(scores{scale} - reference[:, None]){rcp}
 {load_values}
-dp = tl.dot(do, tl.trans(v){precision})
+dp = {grad_weights}
 {gradients}
 """
 
@@ -82,8 +98,7 @@ KEYS_TILE = """
 {query_positions}
 {load_queries}
 rows = (b.to(tl.int64) * H + h) * M + q_idx
-reference = tl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
-delta = tl.load(Delta + rows, mask=q_idx < M, other=0.0)
+{load_rows}
 {load_rcp}
 {score_lines}
 scores = {score}  # keys on rows

@@ -36,7 +36,7 @@ alpha = tl.exp2(m_i - m_ref)
 l_i = l_i * alpha + tl.sum(p, 1)
 {adjust}
 {load_values}
-acc = tl.dot({weights}.to(v.dtype), v, acc * alpha[:, None]{precision})
+acc = {add_values}
 m_i = m_new
 """
 

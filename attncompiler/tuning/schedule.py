@@ -27,7 +27,11 @@ class KernelSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The three kernels of a program. `descriptors`: operands come through TMA tensor descriptors; `float32`: see Target."""
+    """The kernels of a program. `descriptors`: operands come through TMA tensor descriptors.
+
+    `float32`: how products of float32 keep their precision: as Target has it, or "parts": exact, and summed in chains of at most
+    32; one chain over all channels or keys would round more than the trees of eager code.
+    `delta_over_keys`: delta is the sum over keys of the very P * dP that dS is made of, rather than rowsum(O * dO)."""
 
     forward: KernelSchedule
     backward_queries: KernelSchedule
@@ -35,6 +39,17 @@ class Schedule:
     descriptors: bool
     float32: str
     warp_roles: bool = False  # the forward kernel is the one of templates/hopper_forward.py
+    delta: KernelSchedule = KernelSchedule(64, 64, 4, 1)
+    delta_over_keys: bool = False
+
+    def of(self, kernel: str) -> KernelSchedule:
+        """The schedule of a kernel by its name."""
+        chosen: KernelSchedule = getattr(self, kernel.removeprefix("attention_"))
+        return chosen
+
+    def follows_plan(self, kernel: str) -> bool:
+        """True for kernels that visit the tiles of a plan: all but a delta that is read off O and dO."""
+        return kernel != "attention_delta" or self.delta_over_keys
 
 
 def head_size(program: Attention) -> int:
@@ -48,14 +63,15 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     """A good schedule without measuring, from head size, element width and target. Source: docs/performance.md."""
     d = head_size(program)
     wide = program.value.dtype in (Dtype.F32, Dtype.F64)
-    kernels = _few_queries(d) if few_queries else _float32(d) if wide else _half(d)
+    kernels = _few_queries(d, wide) if few_queries else _float32(d) if wide else _half(d)
     element = 4 if wide else 2
     forward, queries, keys = (_fitting(kernel, d, element, target) for kernel in kernels)
     descriptors = descriptors and target.descriptors and not wide
-    roles = descriptors and target.name == "sm_90" and not few_queries and suits_warp_roles(program)
-    # few queries wait for memory: there is time for exact products
-    float32 = "ieee" if few_queries else target.float32
-    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, float32, roles)
+    roles = descriptors and target.name == "sm_90" and suits_warp_roles(program)
+    if few_queries:  # they wait for memory: there is time to sum as carefully as eager code does
+        addressed = any(program.decls[name].dtype is Dtype.F32 for name in program.vectors)  # parts are loaded by address
+        return Schedule(forward, queries, keys, descriptors and not addressed, "parts", delta=queries, delta_over_keys=True)
+    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
 
 
 def in_boxes(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -> Schedule:
@@ -67,7 +83,8 @@ def in_boxes(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -
     kernels = boxed(schedule.forward, False), boxed(schedule.backward_queries, False), boxed(schedule.backward_keys, True)
     if not all(kernel.tiles for kernel in kernels):
         return schedule
-    return replace(schedule, forward=kernels[0], backward_queries=kernels[1], backward_keys=kernels[2])
+    delta = boxed(schedule.delta, False) if schedule.delta_over_keys else schedule.delta
+    return replace(schedule, forward=kernels[0], backward_queries=kernels[1], backward_keys=kernels[2], delta=delta)
 
 
 _ROLE_OPERATORS = frozenset({
@@ -112,9 +129,15 @@ def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
     return K(64, 32, 8, 1), K(32, 32, 8, 1), K(32, 32, 8, 1)
 
 
-def _few_queries(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
-    small = KernelSchedule(16, 64 if d <= 64 else 32 if d <= 256 else 16, 4, 2)
-    return small, small, small
+def _few_queries(d: int, wide: bool) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
+    """Float32 is multiplied by threads, not by tensor cores: no more than 32 keys in a chain, and registers to accumulate in."""
+    K = KernelSchedule
+    if not wide:
+        small = K(16, 64 if d <= 64 else 32 if d <= 256 else 16, 4, 2)
+        return small, small, small
+    small = K(16, 32, 4, 2) if d <= 256 else K(16, 16, 8, 2)
+    keys = K(16, 32, 4, 2) if d <= 64 else K(16, 16, 4, 1) if d <= 128 else K(16, 16, 8, 2)
+    return small, small, keys
 
 
 def _float32(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:

@@ -1,5 +1,8 @@
 """What the emitted source holds, and which programs have none."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from attncompiler.codegen.cross_compile import cross_compile
@@ -7,7 +10,7 @@ from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention
-from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.schedule import Schedule, choose_schedule
 from attncompiler.tuning.target import TARGETS, Target
 from tests.codegen.write_golden import golden_path, golden_source, program
 
@@ -64,3 +67,35 @@ def test_kernels_compile_and_fit_every_target(target: Target, dtype: str) -> Non
         for kernel in kernels:
             assert kernel.assembly and kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory on {target.name}"
             assert kernel.spills <= 512, f"{kernel.name} at {dtype} D{d} spills {kernel.spills} bytes on {target.name}"
+
+
+def longest_chain(ptx: str) -> int:
+    """The most multiply-adds of which each adds to the last."""
+    length: dict[str, int] = {}
+    for result, added in re.findall(r"fma\.rn\.f32\s+(%\w+), \S+ \S+ (\S+);", ptx):
+        length[result] = length.get(added, 0) + 1
+    return max(length.values())
+
+
+def few_queries(p: Attention, target: Target) -> Schedule:
+    return choose_schedule(p, target, target.descriptors, few_queries=True)
+
+
+@pytest.mark.parametrize(("dtype", "d"), [("bf16", 128), ("f32", 80), ("f32", 256)])
+@pytest.mark.parametrize("target", [TARGETS["sm_80"], TARGETS["sm_90"], TARGETS["gfx942"]], ids=lambda target: target.name)
+def test_few_queries_sum_in_short_chains_without_spills(target: Target, dtype: str, d: int) -> None:
+    """In the machine's own code, since Triton makes one chain of a product and what it is added to."""
+    p = program(dtype, d)
+    for kernel in cross_compile(p, few_queries(p, target), Layout((1, 2, 2), frozenset("qkv")), target):
+        assert kernel.fits
+        assert kernel.spills <= 64, f"{kernel.name} spills {kernel.spills} bytes"
+        if dtype == "f32" and target.backend == "cuda":
+            assert longest_chain(kernel.assembly) <= 33  # 32, and the rescaled accumulator
+
+
+@pytest.mark.parametrize(("field", "value"), [("float32", "ieee"), ("delta_over_keys", False)])
+def test_schedule_fields_change_the_kernels(field: str, value: object) -> None:
+    p = program("f32")
+    schedule = few_queries(p, TARGETS["sm_90"])
+    layout = Layout((1, 2, 2), frozenset("qkv"))
+    assert emit(p, replace(schedule, **{field: value}), layout) != emit(p, schedule, layout)  # type: ignore[arg-type]
