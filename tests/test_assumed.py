@@ -315,18 +315,18 @@ def written_block_by_block() -> Tensor:
 
 
 MADE: dict[str, tuple[Callable[[], Tensor], str]] = {
-    "block_diag": (lambda: blocks(torch.bool), "q_idx // 9 == kv_idx // 9"),
-    "kron": (lambda: torch.kron(torch.eye(4), torch.ones(9, 9)) == 1, "q_idx // 9 == kv_idx // 9"),
-    "repeat_interleave": (lambda: torch.eye(4, dtype=torch.bool).repeat_interleave(9, 0).repeat_interleave(9, 1), "q_idx // 9 =="),
-    "block by block": (written_block_by_block, "q_idx // 9 == kv_idx // 9"),
+    "block_diag": (lambda: blocks(torch.bool), "kv_idx // 9 == q_idx // 9"),
+    "kron": (lambda: torch.kron(torch.eye(4), torch.ones(9, 9)) == 1, "kv_idx // 9 == q_idx // 9"),
+    "repeat_interleave": (lambda: torch.eye(4, dtype=torch.bool).repeat_interleave(9, 0).repeat_interleave(9, 1), "kv_idx // 9 =="),
+    "block by block": (written_block_by_block, "kv_idx // 9 == q_idx // 9"),
     "cumsum": (lambda: torch.ones(N, N).cumsum(1) <= torch.ones(N, N).cumsum(0) + 2, "kv_idx <= q_idx + 2"),
     "scatter": (
         lambda: torch.zeros(N, N).scatter(1, torch.arange(N)[:, None] // 4 * 4 + torch.arange(4), 1.0).bool(),
-        "q_idx // 4 == kv_idx // 4",
+        "kv_idx // 4 == q_idx // 4",
     ),
-    "distances": (near_on_grid, "(kv_idx // 6 % 6 <= q_idx // 6 % 6 + 2) & (kv_idx % 6 >= q_idx % 6 - 2)"),
+    "distances": (near_on_grid, "(kv_idx // 6 <= q_idx // 6 + 2) & (kv_idx % 6 >= q_idx % 6 - 2)"),
     "documents": (documents, "[q_idx] =="),
-    "additive": (lambda: (1 - blocks(torch.float64)) * torch.finfo(torch.float64).min, "q_idx // 9 == kv_idx // 9"),
+    "additive": (lambda: (1 - blocks(torch.float64)) * torch.finfo(torch.float64).min, "kv_idx // 9 == q_idx // 9"),
 }  # fmt: skip
 
 

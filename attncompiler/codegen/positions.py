@@ -42,7 +42,7 @@ class TilePositions:
         total = ""
         for letter, axis, side in zip(self._letters, self.tiles.axes, self._sides, strict=True):
             inner //= side
-            place = _digit(within, inner, side, inner * side == math.prod(self._sides))
+            place = _digit(within, inner, side, inner * side == math.prod(self._sides)) if side > 1 else f"{within} * 0"
             step = f" * {axis.dilation}" if axis.dilation > 1 else ""
             found.append(f"{stem}_{letter} = {stem}_{letter}_start + {place}{step}")
             total = f"({total}) * {axis.length} + {stem}_{letter}" if total else f"{stem}_{letter}"

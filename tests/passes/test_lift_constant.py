@@ -12,6 +12,7 @@ from torch import Tensor
 from attncompiler import masks
 from attncompiler.dsl.masks import Mask
 from attncompiler.ir.expr import AXES, KV_IDX, settled
+from attncompiler.ir.ranges import within
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.lift_constant import lift_tensor, rule_of
 from attncompiler.passes.mask_rules import Rule, holds
@@ -54,9 +55,10 @@ def test_a_mask_is_the_rule_that_declares_it(mask: Mask, heads: int) -> None:
     """The same text, tables and tiles."""
     found = lift_tensor(dense(mask, heads))
     assert found is not None
-    declared, captured = mask.rule(dict(zip(AXES, (1, heads, N, N), strict=True)))
-    predicate = settled(found.kept if found.on else found.element, KV_IDX)
-    assert expr_text(predicate) == expr_text(declared)
+    extents = dict(zip(AXES, (1, heads, N, N), strict=True))
+    declared, captured = mask.rule(extents)
+    predicate, declared = (settled(within(x, extents), KV_IDX) for x in (found.kept if found.on else found.element, declared))
+    assert expr_text(predicate) == expr_text(declared)  # as a region has both
     assert found.rule.tables.keys() == captured.keys()
     plan = plan_predicate(predicate, found.rule.tables, (1, heads, N, N), 16, 32)
     assert torch.equal(plan.coverage, mask.plan(1, heads, N, N, 16, 32).coverage)
