@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--shape", required=True, metavar="B,H,N,D", help="or B,H,M,N,D: batch, heads, queries, keys, channels")
     cost.add_argument("--tile", default="128,128", metavar="QUERIES,KEYS", help="tile size (default 128,128)")
     cost.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to predict for")
+    cost.add_argument("--row-major", action="store_true", help="tiles of a grid as runs of tokens, not boxes")
     cost.add_argument("--picture", action="store_true", help="draw the tiles")
     cost.add_argument("--svg", metavar="FILE", help="write the picture as SVG")
     cost.add_argument("--png", metavar="FILE", help="write the picture as PNG")

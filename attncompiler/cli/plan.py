@@ -17,6 +17,8 @@ from attncompiler import masks
 from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.errors import OptionError
 from attncompiler.masks import Mask
+from attncompiler.passes.grid import ROWS, GridTiles
+from attncompiler.passes.plan import TilePlan
 from attncompiler.tuning.speed_of_light import speed_of_light
 from attncompiler.tuning.target import target_named
 
@@ -29,29 +31,46 @@ def run(arguments: argparse.Namespace) -> int:
     shape = _numbers(arguments.shape, "--shape", (4, 5), "B,H,N,D or B,H,M,N,D")
     b, h, m, n, d = shape if len(shape) == 5 else (*shape[:2], shape[2], *shape[2:])
     block_q, block_kv = _numbers(arguments.tile, "--tile", (2,), "QUERIES,KEYS")
-    masks.causal().plan(1, 1, 256, 256)  # what is loaded at the first plan is not the plan's time
+    for small in (masks.causal(), masks.grid((8, 32), 3)):  # what is loaded at the first plan is not the plan's time
+        _planned(small, (1, 1, 256, 256), 16, 16, arguments.row_major)
     start = time.perf_counter()
-    plan = mask.plan(b, h, m, n, block_q, block_kv)
+    plan, tiles = _planned(mask, (b, h, m, n), block_q, block_kv, arguments.row_major)
     build_ms = 1e3 * (time.perf_counter() - start)
     light = speed_of_light(plan, mask.kept_pairs(b, h, m, n), (b, h, m, n, d), target_named(arguments.target))
-    found: dict[str, Any] = {"mask": str(mask), "shape": [b, h, m, n, d], "tile": [block_q, block_kv], "target": arguments.target,
-                             "build_ms": build_ms, **asdict(light)}  # fmt: skip
+    found: dict[str, Any] = {
+        "mask": str(mask),
+        "shape": [b, h, m, n, d],
+        "tile": [block_q, block_kv],
+        "boxes": [list(tiles.rows), list(tiles.columns)] if tiles else None,
+        "target": arguments.target,
+        "build_ms": build_ms,
+        **asdict(light),
+    }
+    drawn = mask.plan(b, h, m, n, block_q, block_kv) if tiles and (arguments.svg or arguments.png or arguments.picture) else plan
     head = arguments.head
     if head is not None and not 0 <= head < h:
         raise OptionError(f"--head {head}: the shape has {h} heads", do=f"give one from 0 to {h - 1}")
     if arguments.svg:
-        Path(arguments.svg).write_text(svg(plan, head=head))
+        Path(arguments.svg).write_text(svg(drawn, head=head))
     if arguments.png:
-        Path(arguments.png).write_bytes(png(plan, head=head))
+        Path(arguments.png).write_bytes(png(drawn, head=head))
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
         print(tabulate([(name.replace("_", " "), number_text(value)) for name, value in found.items()], tablefmt="plain"))
         if arguments.picture:
-            print("\n" + picture(plan, head=head))
+            print("\n" + picture(drawn, head=head))
         if light.visited_tiles == 0:
             print("\nThis mask keeps no key for any query.")
     return 1 if light.visited_tiles == 0 else 0
+
+
+def _planned(
+    mask: Mask, shape: tuple[int, int, int, int], block_q: int, block_kv: int, row_major: bool
+) -> tuple[TilePlan, GridTiles]:
+    """The plan, and the boxes that it is made of, if it is."""
+    tiles = ROWS if row_major else mask.tiles(*shape, block_q, block_kv)
+    return (mask.plan_in(tiles, *shape) if tiles else mask.plan(*shape, block_q, block_kv)), tiles
 
 
 def parse_mask(text: str) -> Mask:

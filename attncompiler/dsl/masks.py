@@ -40,7 +40,8 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import TensorDecl, kind_of
 from attncompiler.ir.ranges import range_of, within
 from attncompiler.ir.text import expr_text
-from attncompiler.passes.plan import TilePlan, count_kept, plan_predicate
+from attncompiler.passes.grid import ROWS, GridTiles, choose_tiles
+from attncompiler.passes.plan import TilePlan, count_kept, plan_boxes, plan_predicate
 from attncompiler.passes.site import DTYPES
 
 _MOST_PAIRS = 1 << 26
@@ -97,6 +98,16 @@ class Mask(ABC):
     def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:
         """The tiles of `block_q` queries by `block_kv` keys that it keeps something of."""
         return plan_predicate(*self._on_cpu(b, h, m, n), (b, h, m, n), block_q, block_kv)
+
+    def tiles(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> GridTiles:
+        """How kernels cut tokens into tiles of these sizes: boxes where it is a rule of a grid, else (falsy) runs of tokens."""
+        predicate, _ = self._on_cpu(b, h, m, n)
+        return choose_tiles(predicate, m, block_q, block_kv) if m == n else ROWS
+
+    def plan_in(self, tiles: GridTiles, b: int, h: int, m: int, n: int) -> TilePlan:
+        """The plan in boxes that `tiles` gave for these sizes."""
+        predicate, _ = self._on_cpu(b, h, m, n)
+        return plan_boxes(predicate, m, tiles)
 
     def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
         """How many (query, key) pairs it keeps, over all batches and heads; None where that takes too long to count."""
