@@ -221,7 +221,7 @@ def prepare(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[s
         program,
         *sizes.values(),
         operands[program.sum.tensor].device,
-        *[(t.shape, t.stride(), t.data_ptr() & 15) for t in tensors],  # the program has their dtypes
+        *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors],
     )
     found = _PREPARED.get(key)
     if found is None:
