@@ -1,6 +1,6 @@
 """Sparse masks on a GPU: ours beside FlexAttention and beside dense attention by cuDNN, in one process.
 
-    python benchmarks/gpu_masks.py [--only na2d,flux] [--out FILE.md]
+    python benchmarks/gpu_masks.py [--only na2d,flux] [--ours] [--out FILE.md]
 
 Every case is first checked: some rows of O and dQ, and some rows of dK and dV, in float32 from the definition of the mask. TFLOP/s
 count the kept pairs; a backward counts 2.5 forwards. Medians of `triton.testing.do_bench`, interleaved with the peers.
@@ -102,8 +102,8 @@ def _wrong(case: Case, qkv: list[Tensor], o: Tensor, lse: Tensor, grad_o: Tensor
     return ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items() if not gap < 2e-2)
 
 
-def row(case: Case, d: int, compiled: Callable[..., Tensor]) -> str:
-    """One line of the table."""
+def row(case: Case, d: int, compiled: Callable[..., Tensor] | None) -> str:
+    """One line of the table; without FlexAttention compiled no peer is run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.functional import scaled_dot_product_attention
@@ -124,12 +124,12 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor]) -> str:
     if case.backward:
         runs["bwd"] = lambda: triton_launch.backward(program, made, {}, o, lse, rcp, grad_o, None, wanted)
     leaves = [x.detach().requires_grad_() for x in qkv]
-    if case.flex is not None:
+    if case.flex is not None and compiled is not None:
         block_mask = create_block_mask(case.flex, None, h if case.name.startswith("s2") else None, n, n, device="cuda")
         theirs = compiled(*leaves, block_mask=block_mask)
         runs["flex fwd"] = lambda: compiled(*leaves, block_mask=block_mask)
         runs["flex bwd"] = lambda: torch.autograd.grad(theirs, leaves, grad_o, retain_graph=True)
-    if case.dense_peer:
+    if case.dense_peer and compiled is not None:
 
         def dense() -> Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -171,6 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--d", type=int, default=128)
+    parser.add_argument("--ours", action="store_true", help="leave the peers out")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -179,7 +180,7 @@ def main() -> int:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = None if arguments.ours else torch.compile(flex_attention, dynamic=False)
     rows = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, `{' '.join(sys.argv)}`",
         "",

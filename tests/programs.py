@@ -25,6 +25,7 @@ PROGRAMS = {
         f"where(({CAUSAL}) & mask[b, kv_idx], {DOT} * 0.25, -3.4028234663852886e+38)",
         f"({CAUSAL}) & mask[b, kv_idx] else score", "softmax", "", ", mask: bool[2, {n}]",
     ),
+    "a finite causal mask": (f"where({CAUSAL}, {DOT} * 0.25, -3.4028234663852886e+38)", f"{CAUSAL} else score", "softmax", "", ""),
     "documents": (
         f"{DOT} * 0.25", f"({CAUSAL}) & (document[q_idx] == document[kv_idx]) else nan", "softmax", "", ", document: i32[{both}]",
     ),

@@ -16,7 +16,7 @@ import torch
 
 from attncompiler.codegen.emission import Emission, Layout, needed_kernels
 from attncompiler.codegen.emit import emit
-from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
+from attncompiler.codegen.hopper import REGISTERS, shared_layout
 from attncompiler.codegen.triton_expr import pointer_name, stride_name
 from attncompiler.errors import OptionError
 from attncompiler.ir.program import Attention, Dtype
@@ -92,7 +92,9 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:
-        table = name.startswith(("Full", "Partial", "Order", "NextRow", "Origins", "Windows")) and not name.endswith("_ranges")
+        table = name.startswith(("Full", "Partial", "Order", "NextRow", "Shares", "Origins", "Windows")) and not name.endswith(
+            "_ranges"
+        )
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
         elif block := emission.descriptor_block(kernel, name):

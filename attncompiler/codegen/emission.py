@@ -54,11 +54,12 @@ class Layout:
     """What the operands look like at run time, as far as the source depends on it.
 
     `groups` holds the heads that share a vector, for each vector operand in order of first use; `wanted` names the operands whose
-    gradients are asked for."""
+    gradients are asked for, `described` those of them whose gradients lie so that tensor descriptors can show them."""
 
     groups: tuple[int, ...]
     wanted: frozenset[str]
     has_grad_lse: bool = False
+    described: frozenset[str] = frozenset()
 
 
 class Emission:
@@ -106,20 +107,21 @@ class Emission:
         return "\n".join(lines)
 
     def has_warp_roles(self, kernel: str) -> bool:
-        return self.schedule.warp_roles and kernel == "attention_forward"
+        return self.schedule.warp_roles and kernel != "attention_delta"
 
-    @property
-    def whole_key_tiles(self) -> bool:
-        """True where no key tile of the forward kernel with warp roles is cut short, as far as is known."""
-        n, schedule = self.program.axes.kv_idx, self.schedule.forward
+    def whole_key_tiles(self, kernel: str) -> bool:
+        """True where no key tile of a kernel with warp roles is cut short, as far as is known."""
+        n, schedule = self.program.axes.kv_idx, self.schedule.of(kernel)
         if schedule.tiles:
-            return schedule.tiles.inside
-        return self.schedule.warp_roles and isinstance(n, Const) and int(n.value) % schedule.block_n == 0
+            return schedule.tiles.rows_inside if kernel == "attention_backward_keys" else schedule.tiles.inside
+        return self.has_warp_roles(kernel) and isinstance(n, Const) and int(n.value) % schedule.block_n == 0
 
-    @property
-    def takes_tickets(self) -> bool:
-        """True where programs ask for their next row: rows differ in length, and only the device knows how much."""
-        return self.schedule.warp_roles and not self.schedule.forward.tiles and bool(reads_of(self.program.keep.predicate))
+    def takes_tickets(self, kernel: str) -> bool:
+        """True where programs ask for their next row: rows differ in length. The kernel before sets the counter to zero: the one
+        that plans, or the one that makes delta."""
+        if kernel != "attention_forward":
+            return self.has_warp_roles(kernel)
+        return self.has_warp_roles(kernel) and not self.schedule.of(kernel).tiles and bool(reads_of(self.program.keep.predicate))
 
     def descriptor_block(self, kernel: str, name: str) -> tuple[int, ...] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
@@ -127,12 +129,15 @@ class Emission:
             return None
         lefts = {"O", "DO", *(pointer_name(v.name) for v in self.lefts())}
         sizes = {pointer_name(v.name): v.block for v in self.vectors.values()} | {"DO": self.value.block}
-        sizes |= {"O": self.value.block} if self.has_warp_roles(kernel) else {}
+        if self.has_warp_roles(kernel):
+            sizes["O"] = self.value.block
+            sizes |= {f"Grad_{v.name}": v.block for v in self.vectors.values() if v.name in self.layout.described}
+            lefts |= {f"Grad_{v.name}" for v in self.lefts()}
         if name not in sizes:
             return None
         queries, keys = (self.box(kernel, axis) for axis in (Q_IDX, KV_IDX))
         box = queries if name in lefts else keys
-        if self.has_warp_roles(kernel) and name in lefts:
+        if self.has_warp_roles(kernel) and (name in lefts) != (kernel == "attention_backward_keys"):
             box = halved(box)  # each of the two groups has its own rows
         return ((1, 1) if len(box) < 3 else (1,)) + (*box, sizes[name])
 
@@ -226,7 +231,7 @@ class Emission:
         if self.schedule.of(kernel).tiles:
             return self._grid_mask_lines(names, kernel)
         if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
-            ends = self.whole_key_tiles or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
+            ends = self.whole_key_tiles(kernel) or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
             tests = [triton(with_axis_alone(keep.predicate, KV_IDX), names), *([] if ends else tests)]
         return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))'
 
@@ -361,7 +366,8 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     rows = ["Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])  # what a delta kernel reads and makes
     if kernel == "delta" and not e.schedule.delta_over_keys:
         strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]
-        return ["O", "DO", *rows, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
+        tickets = ["NextRow"] if e.schedule.warp_roles else []
+        return ["O", "DO", *rows, *tickets, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
     vectors = list(e.vectors.values())
     parameters = [pointer_name(v.name) for v in vectors]
     if not e.schedule.descriptors:
@@ -388,13 +394,16 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
             tags = [tag(e, r) for r in reads if side_of(r) == "kv"]
         for vector in dict.fromkeys(moved):
             parameters.append(f"Grad_{vector.name}")
-            parameters += [f"stride_grad_{vector.name}_{a}" for a in ("b", "h", "row", "channel")]
+            if not (e.schedule.warp_roles and vector.name in e.layout.described):
+                parameters += [f"stride_grad_{vector.name}_{a}" for a in ("b", "h", "row", "channel")]
         parameters += [f"Grad_{tag}" for tag in tags]
-    tiles = e.schedule.of(f"backward_{kernel}" if kernel in ("queries", "keys") else kernel).tiles
+    section = f"backward_{kernel}" if kernel in ("queries", "keys") else kernel
+    tiles = e.schedule.of(section).tiles
     parameters += ["Origins", "Windows"] if tiles else []
     for name in ("Full", "Partial"):
         parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
-    parameters += ["NextRow"] if kernel == "forward" and e.takes_tickets else []
+    if e.has_warp_roles(f"attention_{section}"):
+        parameters += ["NextRow"] if e.takes_tickets(f"attention_{section}") else ["Shares"]
     return [*parameters, "Order", "H", "M", "N", *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
 
 

@@ -11,6 +11,8 @@ from attncompiler.codegen.emission import (
 from attncompiler.codegen.emit_backward import delta_source, keys_source, queries_source
 from attncompiler.codegen.emit_forward import forward_source
 from attncompiler.codegen.emit_hopper import hopper_forward_source
+from attncompiler.codegen.emit_hopper_backward import hopper_backward_source
+from attncompiler.codegen.hopper import hopper_source
 from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import TRUE, ZERO, Kind, Read, reads_of, walk
@@ -23,14 +25,26 @@ def emit(program: Attention, schedule: Schedule, layout: Layout) -> str:
     """The source of all kernels that `layout.wanted` needs. Raises: UnsupportedProgram, in the user's words."""
     _check(program)
     e = Emission(program, schedule, layout)
-    kernels = [hopper_forward_source(Emission(program, schedule, layout)) if schedule.warp_roles else forward_source(e)]
     sides = needed_kernels(program, layout.wanted)
-    if sides:
-        kernels.append(delta_source(e))
-    kernels += [queries_source(e)] if "queries" in sides else []
-    kernels += [keys_source(e)] if "keys" in sides else []
+    kernels = [delta_source(e)] if sides else []
+    if schedule.warp_roles:
+        kernels.append(_hopper_kernels(program, schedule, layout))
+    else:
+        kernels.insert(0, forward_source(e))
+        kernels += [queries_source(e)] if "queries" in sides else []
+        kernels += [keys_source(e)] if "keys" in sides else []
+    if e.in_parts:  # sums are as careful as eager code's: so must the weights be
+        e.helpers.add("exp2")
+        kernels = [kernel.replace("tl.exp2(", "exp2(") for kernel in kernels]
     helpers = [HELPERS[name] for name in sorted(e.helpers)]
     return _header(program) + "\nimport triton\nimport triton.language as tl\n" + "\n".join([*helpers, *kernels])
+
+
+def _hopper_kernels(program: Attention, schedule: Schedule, layout: Layout) -> str:
+    e = Emission(program, schedule, layout)
+    kernels = [hopper_forward_source(e)]
+    kernels += [hopper_backward_source(e, f"attention_backward_{side}") for side in sorted(needed_kernels(program, layout.wanted))]
+    return hopper_source(e, kernels)
 
 
 def _check(program: Attention) -> None:

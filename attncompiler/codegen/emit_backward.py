@@ -24,13 +24,15 @@ from attncompiler.templates import softmax_backward, softmax_forward
 DELTA, QUERIES, KEYS = "attention_delta", "attention_backward_queries", "attention_backward_keys"
 
 
-def _gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
-    """(tile of d loss / d wrt, constant factor still to be applied)."""
-    score = derivative(e.program.score if masked else e.kept_score, wrt)
+def gradient_text(e: Emission, names: Names, wrt: Dot | Read, masked: bool) -> tuple[str, float]:
+    """(tile of d loss / d wrt, constant factor still to be applied). The factor is that of full and of partial tiles: their sum is
+    scaled by it once."""
     adjust = derivative(e.program.adjust, wrt)
     nothing = Const(0.0)
-    if adjust == nothing and isinstance(score, Const):
-        return "ds", float(score.value)
+    kept, all_pairs = (derivative(score, wrt) for score in (e.kept_score, e.program.score))
+    if adjust == nothing and isinstance(kept, Const) and kept == all_pairs:
+        return "ds", float(kept.value)
+    score = all_pairs if masked else kept
     parts = [f"ds * {triton(score, names)}"] if score != nothing else []
     parts += [f"p * dp * {triton(adjust, names)}"] if adjust != nothing else []
     return " + ".join(parts) if parts else "tl.zeros_like(ds)", 1.0
@@ -111,22 +113,27 @@ def _query_gradients(
     """What a tile of keys adds to the gradients of the query side. `factors` receives what is left to scale each vector's by."""
     lines = _ds_lines(e, names, False)
     for dot in lefts:
-        text, factor = _gradient_text(e, names, dot, masked)
+        text, factor = gradient_text(e, names, dot, masked)
         left, right = e.vectors[dot.left].name, e.vectors[dot.right].name
         if sum(other.left == dot.left for other in e.dots) > 1:  # each product has a factor of its own
-            text, factor = _scaled(text, factor), 1.0
+            text, factor = scaled(text, factor), 1.0
         factors[left] = factor
         lines.append(f"d{left} = {e.dot(f'({text}).to({right}.dtype)', right, f'd{left}')}")
     for read in rows:
-        text, factor = _gradient_text(e, names, read, masked)
-        lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
+        text, factor = gradient_text(e, names, read, masked)
+        lines.append(f"d_{tag(e, read)} += tl.sum({scaled(text, factor)}, 1)")
+    return [*lines, *pair_gradients(e, names, masked)]
+
+
+def pair_gradients(e: Emission, names: Names, masked: bool) -> list[str]:
+    """What stores the gradients of elements that belong to one pair each."""
+    lines = []
     for read in element_gradients(e.program, e.layout.wanted):
         if side_of(read) == "pair":
-            text, factor = _gradient_text(e, names, read, masked)
-            lines.append("at = ((b.to(tl.int64) * H + h) * M + q_idx[:, None]) * N + kv_idx[None, :]")
-            lines.append(
-                f"tl.store(Grad_{tag(e, read)} + at, {_scaled(text, factor)}, mask=(q_idx[:, None] < M) & (kv_idx[None, :] < N))"
-            )
+            text, factor = gradient_text(e, names, read, masked)
+            lines.append("at_pairs = ((b.to(tl.int64) * H + h) * M + q_idx[:, None]) * N + kv_idx[None, :]")
+            inside = "(q_idx[:, None] < M) & (kv_idx[None, :] < N)"
+            lines.append(f"tl.store(Grad_{tag(e, read)} + at_pairs, {scaled(text, factor)}, mask={inside})")
     return lines
 
 
@@ -202,15 +209,15 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     else:
         lines += ds
     for dot in rights:
-        text, factor = _gradient_text(e, names, dot, masked)
+        text, factor = gradient_text(e, names, dot, masked)
         left, right = e.vectors[dot.left].name, e.vectors[dot.right].name
         if sum(other.right == dot.right for other in e.dots) > 1:
-            text, factor = _scaled(text, factor), 1.0
+            text, factor = scaled(text, factor), 1.0
         factors[right] = factor
         lines.append(f"d{right} = {e.dot(f'({text}).to({left}.dtype)', left, f'd{right}')}")
     for read in columns:
-        text, factor = _gradient_text(e, names, read, masked)
-        lines.append(f"d_{tag(e, read)} += tl.sum({_scaled(text, factor)}, 1)")
+        text, factor = gradient_text(e, names, read, masked)
+        lines.append(f"d_{tag(e, read)} += tl.sum({scaled(text, factor)}, 1)")
     tile = fill(
         softmax_backward.KEYS_TILE,
         query_positions=where.lines("q_start // BLOCK_M", "q_start", "tl.arange(0, BLOCK_M)"),
@@ -230,7 +237,8 @@ def _keys_loop(e: Emission, outer: Names, masked: bool, rights: list[Dot], colum
     return visit_ranges(softmax_backward.LOOP_OVER_RANGES, name, tile, row, where)
 
 
-def _scaled(text: str, factor: float) -> str:
+def scaled(text: str, factor: float) -> str:
+    """`text` times a constant."""
     return text if factor == 1.0 else f"({text}) * {number(factor)}"
 
 
@@ -257,7 +265,7 @@ def _load_rcp(e: Emission) -> str:
 def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dict[str, float]) -> str:
     name = vector.name
     head = "h" if size == "M" else "kv_head"
-    value = _scaled(f"d{name}", factors.get(name, 1.0))
+    value = scaled(f"d{name}", factors.get(name, 1.0))
     return (
         f"{name}_channels = tl.arange(0, {vector.block})\n"
         f"grad_rows = Grad_{name} + b.to(tl.int64) * stride_grad_{name}_b + {head} * stride_grad_{name}_h"
@@ -282,7 +290,8 @@ def delta_source(e: Emission) -> str:
     store = fill(softmax_backward.STORE_DELTA, subtract_grad_lse=subtract, guard_empty=zero)
     parameters = signature(parameters_of(e, "delta"))
     if not e.schedule.delta_over_keys:
-        text = fill(softmax_backward.DELTA, parameters=parameters, make_reference=reference, store_delta=store)
+        tickets = softmax_backward.NO_TICKETS if e.schedule.warp_roles else ""
+        text = fill(softmax_backward.DELTA, parameters=parameters, make_reference=reference, store_delta=store, no_tickets=tickets)
         return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")
     where, _ = e.positions(DELTA)
     names, load_queries = _query_tile(e, DELTA)

@@ -217,6 +217,20 @@ def to_natural(x):
     """The inverse of to_base2."""
     return tl.where(x > -1.0e38, x * 0.6931471805599453, x)
 ''',
+    "exp2": '''
+@triton.jit
+def exp2(x):
+    """2^x, nearly to the last bit; the instruction for it is exact for whole numbers and errs by two units elsewhere."""
+    whole = tl.floor(x + 0.5)
+    part = (x - whole) * 0.6931471805599453
+    series = 1.0 + part * (1.0 / 7.0)
+    series = 1.0 + part * (1.0 / 6.0) * series
+    series = 1.0 + part * 0.2 * series
+    series = 1.0 + part * 0.25 * series
+    series = 1.0 + part * (1.0 / 3.0) * series
+    series = 1.0 + part * 0.5 * series
+    return tl.where(x < -150.0, 0.0, (1.0 + part * series) * tl.exp2(whole))
+''',
     "add_apart": '''
 @triton.jit
 def add_apart(x, y):

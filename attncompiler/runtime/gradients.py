@@ -14,6 +14,7 @@ from attncompiler.codegen.vectors import add_elements, vector_gradient, view_vec
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import Q_IDX, Const, Read, reads_of
+from attncompiler.runtime.launch import describable
 from attncompiler.runtime.prepared import Prepared, Vectors, row_axis
 
 
@@ -47,6 +48,7 @@ class _Places:
         self.direct: list[_Place] = []
         self.scattered: list[tuple[Read, tuple[int, ...]]] = []
         self.strides: dict[str, int] = {}
+        self.described: frozenset[str] = frozenset()  # operands whose gradients descriptors can show
         for read, view in call.views(operands).items():
             if read.tensor not in wanted:
                 continue
@@ -58,6 +60,7 @@ class _Places:
                 shown = view_vectors(read, whole, row_axis(program, read), call.block(operands))
                 self.direct.append(_Place(read.tensor, tuple(operand.shape), operand.dtype, Vectors.of(shown, whole)))
                 stride = shown.tensor.stride()
+                self.described |= {read.tensor} if describable(shown.tensor) else set()
             else:
                 self.scattered.append((read, (*shape, view.tensor.shape[3])))
                 stride = torch.empty(self.scattered[-1][1], device="meta").stride()

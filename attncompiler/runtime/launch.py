@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attncompiler.codegen.emission import Emission
-from attncompiler.codegen.emit_hopper import REGISTERS, shared_layout
+from attncompiler.codegen.hopper import REGISTERS, shared_layout
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.tuning.schedule import KernelSchedule, triton_is_checked
 

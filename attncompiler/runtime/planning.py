@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,16 +49,21 @@ class Planner:
             self._tables |= {"Origins": origins, "Windows": self._windows()} if self._schedule.tiles else {}
         if self.is_static:
             return self._tables
-        return {**self._tables, "NextRow": torch.zeros(1, dtype=torch.int32, device=self._device)}
+        return {**self._tables, "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
 
     def _windows(self) -> Tensor:
         predicate, tokens = self._program.keep.predicate, self._extents["q_idx"]
         return windows_of(predicate, tokens, self._schedule.tiles, self._by_keys).to(self._device)
 
-    def rows_alike(self, operands: Mapping[str, Tensor]) -> bool:
-        """True where all rows visit about as many tiles: then a fixed share of the rows for each program is fair."""
-        work = self._rows(self._program, operands).work.float()
-        return bool(work.max() <= 1.25 * work.mean())
+    def shares(self, operands: Mapping[str, Tensor], pairs: int, programs: int) -> Tensor:
+        """The rows of each program of a kernel with warp roles, int32 [rounds + 1, programs], for `pairs` batches and heads: every
+        row, in the order of `_place` in templates/hopper_rows.py, goes to the program that is done first. After the last of a
+        program comes the number of rows."""
+        plan = self._rows(self._program, operands)
+        work = plan.work[:, :, _order(plan).long()].cpu() + _ROW_OVERHEAD
+        b = self._extents["b"]
+        work = work.expand(b, pairs // b, -1).flatten(0, 1)
+        return fair_shares([float(x) for group in work.split(8) for x in group.T.flatten()], programs).to(self._device)
 
     def _rows(self, program: Attention, operands: Mapping[str, Tensor]) -> TilePlan:
         if self._schedule.tiles:
@@ -113,6 +119,26 @@ class _PlanKernel:
         tables = self._tables()
         self._launch({**raw, **tables})
         return tables
+
+
+_ROW_OVERHEAD = 2  # what a row costs beside its tiles, in tiles
+_MOST_SHARED_OUT = 1 << 15  # rows; more are dealt out in turn
+
+
+def fair_shares(work: Sequence[float], programs: int) -> Tensor:
+    """Rows [rounds + 1, programs] for rows with this much work, each given to the program that is done first; ends in len(work)."""
+    if len(work) > _MOST_SHARED_OUT:
+        rounds = -(-len(work) // programs)
+        return torch.arange((rounds + 1) * programs, dtype=torch.int32).clamp(max=len(work)).view(rounds + 1, programs)
+    done = [(0.0, program) for program in range(programs)]
+    rows: list[list[int]] = [[] for _ in range(programs)]
+    for row, cost in enumerate(work):
+        busy, program = heapq.heappop(done)
+        rows[program].append(row)
+        heapq.heappush(done, (busy + cost, program))
+    rounds = max(map(len, rows)) + 1
+    padded = [share + [len(work)] * (rounds - len(share)) for share in rows]
+    return torch.tensor(padded, dtype=torch.int32).T.contiguous()
 
 
 def _ranges(name: str, ranges: TileRanges) -> dict[str, Any]:

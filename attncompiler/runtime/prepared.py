@@ -25,7 +25,7 @@ from attncompiler.ir.program import Attention
 from attncompiler.passes.plan import proved_nonempty
 from attncompiler.runtime.launch import Constants, Launch, describable, in_grid
 from attncompiler.runtime.planning import Planner
-from attncompiler.tuning.schedule import KernelSchedule, Schedule, choose_schedule, in_boxes
+from attncompiler.tuning.schedule import KernelSchedule, Schedule, choose_schedule, for_mask
 from attncompiler.tuning.target import Target, target_of_capability
 
 
@@ -100,10 +100,10 @@ class Prepared:
         """Tiles are boxes where the mask is one of a grid; by descriptors if these can show the grid."""
         few = self.extents["q_idx"] <= 16
         chosen = choose_schedule(self.program, target, descriptors, few_queries=few)
-        boxed = in_boxes(chosen, self.program, self.sizes)
+        boxed = for_mask(chosen, self.program, self.sizes)
         axes = boxed.forward.tiles.axes
         if descriptors and axes and not self._shows_grid(views, boxed):
-            return in_boxes(choose_schedule(self.program, target, False, few_queries=few), self.program, self.sizes)
+            return for_mask(choose_schedule(self.program, target, False, few_queries=few), self.program, self.sizes)
         return boxed
 
     def _shows_grid(self, views: Mapping[Read, VectorView], schedule: Schedule) -> bool:
@@ -200,12 +200,14 @@ class Prepared:
             tiles, rows = -(-self.extents["q_idx"] // schedule.block_m), b * h
         tiles = schedule.tiles.row_tiles if schedule.tiles else tiles
         grid = (tiles, rows)
+        shares: Constants = {}
         if emission.has_warp_roles(name):
-            alike = emission.takes_tickets or self._planners[name].rows_alike(operands)
-            grid = (min(tiles * rows, _multiprocessors(self.device)) if alike else tiles * rows, 1)
+            grid = (min(tiles * rows, _multiprocessors(self.device)), 1)
+            if not emission.takes_tickets(name):
+                shares = {"Shares": self._planners[name].shares(operands, rows, grid[0])}
         static = name not in self._planners or self._planners[name].is_static
         kept = {key: value for key, value in plan.items() if static or not isinstance(value, Tensor)}
-        fixed = {**self.constants, **constants, **kept}
+        fixed = {**self.constants, **constants, **kept, **shares}
         shown = {pointer_name(read.tensor): view.tensor for read, view in self.views(operands).items()}
         return Launch(getattr(module, name), name, grid, fixed, tensors, schedule, emission, shown)
 

@@ -86,6 +86,8 @@ def backward(
         grad_o = grad_o.contiguous()
     delta, reference = torch.empty((2, *lse.shape), dtype=torch.float32, device=o.device)
     tensors = {**call.pointers(operands), "O": o, "DO": grad_o, "Lse": lse, "Rcp": rcp, "Delta": delta, "Reference": reference}
+    if call.schedule.warp_roles:
+        tensors["NextRow"] = torch.empty(2, dtype=torch.int32, device=o.device)
     if grad_lse is not None:
         tensors["DLse"] = grad_lse.contiguous()
     sums = Gradients(call, operands, wanted, places)
@@ -93,7 +95,7 @@ def backward(
     variant = (wanted, grad_lse is None, grad_o.stride())
 
     def describe() -> tuple[Layout, Mapping[str, int]]:
-        layout = Layout(call.groups, wanted, grad_lse is not None)
+        layout = Layout(call.groups, wanted, grad_lse is not None, places.described)
         return layout, {**_strides("o", o), **_strides("do", grad_o), **places.strides}
 
     if o.numel():

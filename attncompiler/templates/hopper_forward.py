@@ -2,72 +2,17 @@
 
 The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones. Each group
 owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the softmax: so one
-group's softmax runs while the other group's products do. Each program takes every `num_programs`-th row of query tiles; with fewer
-programs than rows, the loads of the next row run under the end of the last. Tiles that are boxes of a grid come through descriptors
-of the grid; the numbers of a row then also say where the box of its keys begins.
+group's softmax runs while the other group's products do. Programs go on to another row of query tiles, so that the loads of the
+next row run under the end of the last: to the next of its share or, where only the device knows how long rows are, to the next that
+no other has taken. Tiles that are boxes of a grid come through descriptors of the grid; the numbers of a row then also say where
+the box of its keys begins.
 """
 
 KERNEL = '''
 @gluon.jit
-def _next_slot(slot, phase):
-    """The next place of a ring, and the parity that its barriers then have."""
-    wraps = slot + 1 == {stages}
-    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def _row_sums(p):
     """What each thread holds of a row; summed across threads only at the end."""
     return gl.sum(p.reshape([64, BLOCK_N // 8, 8]), 1)
-
-
-@gluon.jit
-def _row(item, tables, sizes):
-    """One row of query tiles: where it lies, and the first range of either kind of tile; all is read at once."""
-    order, full_count, full_begin, full_end, full_ranges = tables[:5]
-    partial_count, partial_begin, partial_end, partial_ranges{Origins} = tables[5:]
-    H, M = sizes
-    q_tiles = {q_tiles}
-    b = item // q_tiles // H
-    h = item // q_tiles % H
-    rank = item % q_tiles
-    plan_row = {plan_row}
-    full_at = plan_row * full_ranges
-    partial_at = plan_row * partial_ranges
-    q_tile = gl.load(order + rank)
-    fulls = gl.load(full_count + plan_row)
-    partials = gl.load(partial_count + plan_row)
-    full_first = gl.load(full_begin + full_at)
-    full_last = gl.load(full_end + full_at)
-    partial_first = gl.load(partial_begin + partial_at)
-    partial_last = gl.load(partial_end + partial_at)
-    empty = fulls + partials == 0  # a row with no tile visits tile 0, of which it keeps nothing
-    partials = gl.where(empty, 1, partials)
-    partial_first = gl.where(empty, 0, partial_first)
-    partial_last = gl.where(empty, 1, partial_last)
-    {origins}
-    return b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names}
-
-
-@gluon.jit
-def _post(row, message):
-    """Write the numbers of a row where the groups read them."""
-    WORDS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    places = gl.arange(0, 16, WORDS)
-    words = gl.full([16], row[0], gl.int32, WORDS)
-    for i in gl.static_range(1, {words}):
-        words = gl.where(places == i, row[i], words)
-    message.store(words)
-
-
-@gluon.jit
-def _word(words, places, i: gl.constexpr):
-    return gl.sum(gl.where(places == i, words, 0), 0)
 
 
 @gluon.jit
@@ -83,21 +28,22 @@ def _load_tile({K}, {V}, rings, barriers, sizes, at, slot, phase):
     mbarrier.wait(v_free.index(slot), phase)
     mbarrier.expect(v_ready.index(slot), {V}.block_type.nbytes)
     tma.async_copy_global_to_shared({V}, [{v_at}, 0], v_ready.index(slot), v_ring.index(slot))
-    return _next_slot(slot, phase)
+    return _next_slot(slot, phase, {stages})
 
 
 @gluon.jit
 def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
     q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
-    item, last, step, NextRow = items
+    item, last, step, shares = items
     H, M = sizes
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
     turn = 0
     while item < last:
-        row = _row(item, tables, sizes)
-        {next_item}
+        q_tiles = {q_tiles}
+        head, rank = _place(item, q_tiles, last // q_tiles)
+        row = _row(head // H, head % H, rank, q_tiles, H, tables)
         b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
         {query_corner}
         mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
@@ -108,19 +54,9 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
             mbarrier.wait(q_free.index(at), (turn // 2 + 1) % 2)
             mbarrier.expect(q_ready.index(at), {Q}.block_type.nbytes)
             tma.async_copy_global_to_shared({Q}, [{q_at}, 0], q_ready.index(at), q_buffers.index(at))
-        for r in range(partials):
-            if r > 0:
-                partial_first = gl.load(PartialBegin + partial_at + r)
-                partial_last = gl.load(PartialEnd + partial_at + r)
-            for tile in range(partial_first, partial_last):
-                slot, phase = _load_tile({K}, {V}, rings, barriers, sizes, (b, h, tile{origin_names}), slot, phase)
-        for r in range(fulls):
-            if r > 0:
-                full_first = gl.load(FullBegin + full_at + r)
-                full_last = gl.load(FullEnd + full_at + r)
-            for tile in range(full_first, full_last):
-                slot, phase = _load_tile({K}, {V}, rings, barriers, sizes, (b, h, tile{origin_names}), slot, phase)
+        {every_tile}
         turn += 1
+        {next_item}
     mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
     _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), messages.index(turn % 2))  # no more
     mbarrier.arrive(row_ready.index(turn % 2))
@@ -148,18 +84,7 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
     mbarrier.wait(row_ready.index(0), 0)
     words = messages.index(0).load(EVERYWHERE)
     while _word(words, places, 0) >= 0:
-        b = _word(words, places, 0)
-        h = _word(words, places, 1)
-        q_tile = _word(words, places, 2)
-        fulls = _word(words, places, 3)
-        full_at = _word(words, places, 4)
-        full_first = _word(words, places, 5)
-        full_last = _word(words, places, 6)
-        partials = _word(words, places, 7)
-        partial_at = _word(words, places, 8)
-        partial_first = _word(words, places, 9)
-        partial_last = _word(words, places, 10)
-        {origin_words}
+        {read_row}
         mbarrier.arrive(row_free.index(turn % 2))
         {query_positions}
         q_at = turn % 2 * 2 + GROUP
@@ -179,7 +104,7 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         mbarrier.arrive(q_free.index((turn + 1) % 2 * 2 + GROUP), pred=turn > 0)
         qk = warpgroup_mma_wait(0, (qk,))
         mbarrier.arrive(k_free.index(k_slot))
-        k_slot, k_phase = _next_slot(k_slot, k_phase)
+        k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
         {masked_scores}
         m_i = gl.maximum(m_i, gl.max(scores, 1){masked_scale})
         p = _exp2(scores{masked_scale} - m_i[:, None])
@@ -204,7 +129,7 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         acc = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(v_free.index(v_slot))
-        v_slot, v_phase = _next_slot(v_slot, v_phase)
+        v_slot, v_phase = _next_slot(v_slot, v_phase, {stages})
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, SCORES))
         {extra_scores}
         rcp = 1.0 / {denominator}
@@ -250,7 +175,7 @@ def attention_forward({parameters}):
     barriers = (k_ready, k_free, v_ready, v_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
-    items = (gl.program_id(0), B * H * {q_tiles}, gl.num_programs(0), {next_row})
+    items = ({first_item}, B * H * {q_tiles}, gl.num_programs(0), {shares})
     sizes = (H, M)
     operands = ({operands})
     gl.warp_specialize(
@@ -273,7 +198,7 @@ mbarrier.wait(v_ready.index(v_slot), v_phase)
 moved = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
 qk = warpgroup_mma_wait(1, (qk,))
 mbarrier.arrive(k_free.index(k_slot))
-k_slot, k_phase = _next_slot(k_slot, k_phase)
+k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
 {scores}
 m_new = gl.maximum(m_i, gl.max(scores, 1){scale})
 p = _exp2(scores{scale} - m_new[:, None])
@@ -282,12 +207,7 @@ l_i = l_i * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.l
 m_i = m_new
 acc = warpgroup_mma_wait(0, (moved,))
 mbarrier.arrive(v_free.index(v_slot))
-v_slot, v_phase = _next_slot(v_slot, v_phase)
+v_slot, v_phase = _next_slot(v_slot, v_phase, {stages})
 acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT)), 1)
 weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
-"""
-
-IMPORTS = """from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 """

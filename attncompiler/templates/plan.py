@@ -30,7 +30,7 @@ def {name}({parameters}):
     before = tl.where(tile > 0, tl.gather(coverage, tl.maximum(tile - 1, 0), 0), 0)
     after = tl.where(tile < TILES - 1, tl.gather(coverage, tl.minimum(tile + 1, TILES - 1), 0), 0)
     {ranges}
-    tl.store(NextRow, 0)  # of the kernel that is planned: it takes its rows in turn
+    tl.store(NextRow + tl.arange(0, 2), 0)  # of the kernel that is planned: it takes its rows in turn
 """
 
 # Runs of one kind of tile: where they begin and end, in order.

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
-from attncompiler.ir.expr import ONE, Apply, Const, dots_of, walk
-from attncompiler.ir.program import Attention, Dtype
+import torch
+
+from attncompiler.ir.expr import ONE, TRUE, Apply, Const, dots_of, reads_of, walk
+from attncompiler.ir.program import Attention, Dtype, Empty
 from attncompiler.passes.grid import ROWS, GridTiles
-from attncompiler.passes.plan import tiles_for
+from attncompiler.passes.plan import build_boxes, build_plan, tiles_for
 from attncompiler.tuning.target import Target
 
 
@@ -38,7 +40,7 @@ class Schedule:
     backward_keys: KernelSchedule
     descriptors: bool
     float32: str
-    warp_roles: bool = False  # the forward kernel is the one of templates/hopper_forward.py
+    warp_roles: bool = False  # the kernels are those of templates/hopper_*.py, all but delta
     delta: KernelSchedule = KernelSchedule(64, 64, 4, 1)
     delta_over_keys: bool = False
 
@@ -71,7 +73,39 @@ def choose_schedule(program: Attention, target: Target, descriptors: bool = Fals
     if few_queries:  # they wait for memory: there is time to sum as carefully as eager code does
         addressed = any(program.decls[name].dtype is Dtype.F32 for name in program.vectors)  # parts are loaded by address
         return Schedule(forward, queries, keys, descriptors and not addressed, "parts", delta=queries, delta_over_keys=True)
-    return Schedule(KernelSchedule(128, 128, 4, 2) if roles else forward, queries, keys, descriptors, target.float32, roles)
+    if roles:
+        return Schedule(*_warp_roles(), descriptors, target.float32, True)
+    return Schedule(forward, queries, keys, descriptors, target.float32)
+
+
+def for_mask(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -> Schedule:
+    """The same with tiles as the program's mask wants them: boxes of a grid, narrow where wide ones would be cut through."""
+    boxed = in_boxes(schedule, program, sizes)
+    predicate = program.keep.predicate
+    if not schedule.warp_roles or predicate == TRUE or reads_of(predicate) or program.keep.empty is Empty.SCORE:
+        return boxed
+    full, partial = _tiles(boxed.forward, program, sizes)
+    if partial <= full:
+        return boxed
+    narrow = in_boxes(replace(schedule, forward=_NARROW), program, sizes)
+    narrow_full, narrow_partial = _tiles(narrow.forward, program, sizes)
+    wins = _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + _PARTIAL * partial)
+    return narrow if wins else boxed
+
+
+_NARROW = KernelSchedule(128, 64, 4, 4)
+# Times of tiles in those of a full one of 128 keys, and what a guess must win by. Source: docs/performance.md.
+_PARTIAL, _NARROW_FULL, _NARROW_PARTIAL, _NARROW_WINS = 1.3, 0.6, 0.65, 0.92
+
+
+def _tiles(kernel: KernelSchedule, program: Attention, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """How many full and partial tiles a forward kernel visits, where the mask reads no tensor."""
+    device = torch.device("cpu")
+    if kernel.tiles:
+        plan = build_boxes(program, sizes, kernel.tiles, False, device)
+    else:
+        plan = build_plan(program, {program.sum.tensor: torch.empty(0)}, sizes, kernel.block_m, kernel.block_n)
+    return int(plan.full.lengths.sum()), int(plan.partial.lengths.sum())
 
 
 def in_boxes(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -> Schedule:
@@ -127,6 +161,12 @@ def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
     if d <= 256:
         return K(128, 64, 8, 2), K(64, 32, 8, 2), K(32, 64, 8, 2)
     return K(64, 32, 8, 1), K(32, 32, 8, 1), K(32, 32, 8, 1)
+
+
+def _warp_roles() -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
+    """Two groups with 64 rows each; what they hold has two places in the backward, which leaves room for three streamed tiles."""
+    K = KernelSchedule
+    return K(128, 128, 4, 2), K(128, 64, 4, 3), K(64, 128, 4, 3)
 
 
 def _few_queries(d: int, wide: bool) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:

@@ -1,0 +1,127 @@
+"""What the emitters of Hopper kernels share (templates/hopper_rows.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+
+from attncompiler.codegen.emission import Emission, Vector, halved, parameters_of
+from attncompiler.codegen.positions import TilePositions
+from attncompiler.codegen.text import fill
+from attncompiler.codegen.triton_expr import HELPERS
+from attncompiler.ir.program import Dtype
+from attncompiler.templates import hopper_rows
+
+REGISTERS = 168  # a thread's share of 64K over 12 warps; the groups that compute take what the loading warp gives back
+_WORDS = 11  # numbers that tell a row, origins aside
+_TANH = '''
+@gluon.jit
+def tanh(x):
+    """1 - 2 / (1 + exp(2 x)), exact at both ends; the quotient to the last bit but one."""
+    assembly: gl.constexpr = "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+    return 1.0 - 2.0 * gl.inline_asm_elementwise(assembly, "=r,r", [x * 2.8853900817779268], dtype=gl.float32, is_pure=True, pack=1)
+'''
+
+
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """How a tile of [1, 1, rows, channels] lies in shared memory: what its descriptor and its buffer agree on."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def hopper_source(e: Emission, kernels: list[str]) -> str:
+    """The file's part in Gluon: imports and helpers, then the kernels, which were emitted with `e`."""
+    moving = e.positions("attention_forward")[1]
+    origins = origin_names(moving)
+    rows = fill(
+        hopper_rows.HELPERS,
+        plan_row=e.plan_row("rank", "tiles"),
+        origins=moving.origins,
+        origin_names="".join(f", {name}" for name in origins),
+        words=str(_WORDS + len(origins)),
+        Origins=", Origins" if origins else "",
+    )
+    helpers = [_TANH if name == "tanh" else HELPERS[name].replace("@triton.jit", "@gluon.jit") for name in sorted(e.helpers)]
+    text = "\n".join([rows, *helpers, *kernels])
+    for name in e.helpers:  # the Triton kernels of the same file have theirs under the plain name
+        text = re.sub(rf"\b{name}\(", f"gluon_{name}(", text)
+    return hopper_rows.IMPORTS + "\n" + text.replace("tl.", "gl.")
+
+
+def with_literals(text: str, literals: Mapping[str, object]) -> str:
+    for name, value in literals.items():
+        text = text.replace(name, str(value))
+    return text
+
+
+def element_type(e: Emission) -> str:
+    return {Dtype.BF16: "gl.bfloat16", Dtype.F16: "gl.float16"}[e.program.value.dtype]
+
+
+def origin_names(moving: TilePositions) -> list[str]:
+    """Of the numbers that say where the boxes of a row begin."""
+    return [line.split(" = ")[0] for line in moving.origins.splitlines()]
+
+
+def row_holes(e: Emission, kernel: str, row_tile: str) -> dict[str, str]:
+    """What the loading warp and the groups know of a row."""
+    queries, keys = e.positions(kernel)
+    moving = queries if queries.moves else keys
+    origins = origin_names(moving)
+    return {
+        "read_row": fill(
+            hopper_rows.READ_ROW,
+            row_tile=row_tile,
+            origin_words="\n".join(f"{name} = _word(words, places, {place})" for place, name in enumerate(origins, _WORDS)),
+        ),
+        "origin_names": "".join(f", {name}" for name in origins),
+        "no_origins": ", 0" * len(origins),
+        "Origins": ", Origins" if origins else "",
+        **_items(e, kernel),
+    }
+
+
+def _items(e: Emission, kernel: str) -> dict[str, str]:
+    """How a program comes by its rows."""
+    if not e.takes_tickets(kernel):
+        return {"first_item": "gl.load(Shares + gl.program_id(0))", "next_item": "item = gl.load(shares + turn * step)",
+                "shares": "Shares + gl.program_id(0)"}  # fmt: skip
+    counter = "NextRow + 1" if kernel == "attention_backward_keys" else "NextRow"
+    return {"first_item": "gl.program_id(0)", "next_item": "item = gl.atomic_add(shares, 1) + step", "shares": counter}
+
+
+def every_tile(tile: str) -> str:
+    """The loops over the tiles of a row."""
+    return fill(hopper_rows.EVERY_TILE, tile=tile)
+
+
+def passed_on(e: Emission, kernel: str) -> list[str]:
+    """The parameters that the groups are handed: all but tables, tile sizes and the descriptors of what is loaded."""
+    tables = ("Full", "Partial", "Order", "NextRow", "Shares", "Origins", "stride_o_", "BLOCK_")
+    section = kernel.removeprefix("attention_").removeprefix("backward_")
+    return [
+        name
+        for name in parameters_of(e, section)
+        if not name.startswith(tables) and name != "Lse"
+        if name.startswith("Grad_") or e.descriptor_block(kernel, name) is None
+    ]
+
+
+def head_of(vector: Vector) -> str:
+    return "h" if vector.group == 1 else f"h // {vector.group}"
+
+
+def of_group(positions: TilePositions, start: str, box: tuple[int, ...], group: str) -> tuple[str, ...]:
+    """Where the 64 rows of one group begin: the groups have half of a tile each, in the order of its tokens."""
+    at = list(positions.at(start))
+    place = next(i for i, side in enumerate(box) if side > 1)
+    at[place] += f" + {group} * {halved(box)[place]}"
+    return tuple(at)
+
+
+def listed(block: tuple[int, ...] | None) -> str:
+    assert block is not None
+    return ", ".join(map(str, block))

@@ -1,0 +1,220 @@
+"""The backward kernels of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute.
+
+A row is a tile of 128 tokens of one side, 64 for each group, which stays in shared memory (`held`) while tiles of 64 tokens of the
+other side stream past it: K and V, past which come Q and dO, in the kernel for the gradients of keys; Q and dO, past which come K
+and V, in the one for those of queries. What is held has two places, so that the next row's loads run under the end of the last. Scores
+have the held side on rows: weights and their gradients then go from the registers of one product into the next, and no tile is
+transposed. One loop serves masked tiles and others: of two loops that share what is held, ptxas (of CUDA 12.8) computes the address
+in the first alone, also where that is skipped. The mathematics is that of softmax_backward.py.
+"""
+
+LOADS = '''
+@gluon.jit
+def _load_{side}({streamed}, stream, at, sizes, statistics, slot, phase):
+    """One tile of the side that streams."""
+    H, M, N = sizes
+    b, h, tile{origin_names} = at
+    first_ring, second_ring, ready, free, statistics_ring = stream
+    {moving_corner}
+    {load_statistics}
+    mbarrier.wait(free.index(slot), phase)
+    mbarrier.expect(ready.index(slot), {streamed_bytes})
+    tma.async_copy_global_to_shared({first_streamed}, [{first_streamed_at}, 0], ready.index(slot), first_ring.index(slot))
+    tma.async_copy_global_to_shared({second_streamed}, [{second_streamed_at}, 0], ready.index(slot), second_ring.index(slot))
+    {store_statistics}
+    return _next_slot(slot, phase, {stages})
+
+
+@gluon.jit
+def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, sizes, statistics):
+    first_held, second_held, held_ready, held_free = held
+    words, row_ready, row_free = messages
+    item, last, step, shares = items
+    H, M, N = sizes
+    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
+    slot = 0
+    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
+    turn = 0
+    place = 0
+    while item < last:
+        tiles = {row_tiles}
+        head, rank = _place(item, tiles, last // tiles)
+        held_head = head % {held_heads}
+        for member in range({members}):
+            row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables)
+            b, h, {row_tile}, fulls, full_at, full_first, full_last = row[:7]
+            partials, partial_at, partial_first, partial_last{origin_names} = row[7:]
+            mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+            _post(row, words.index(turn % 2))
+            mbarrier.arrive(row_ready.index(turn % 2))
+            turn += 1
+            if member == 0:
+                {row_corner}
+                for part in gl.static_range(2):
+                    at = place % 2 * 2 + part
+                    mbarrier.wait(held_free.index(at), (place // 2 + 1) % 2)
+                    loaded = held_ready.index(at)
+                    mbarrier.expect(loaded, {held_bytes})
+                    tma.async_copy_global_to_shared({first_held}, [{first_held_at}, 0], loaded, first_held.index(at))
+                    tma.async_copy_global_to_shared({second_held}, [{second_held_at}, 0], loaded, second_held.index(at))
+            {every_tile}
+        {next_item}
+        place += 1
+    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), words.index(turn % 2))  # no more
+    mbarrier.arrive(row_ready.index(turn % 2))
+'''
+
+LOAD_TILE = "slot, phase = _load_{side}({streamed}, stream, (b, h, tile{origin_names}), sizes, statistics, slot, phase)"
+
+# The loading warp reads what the kernel for keys needs to know of each query, and lays it beside the query's tile.
+LOAD_STATISTICS = """
+PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+Reference, Delta = statistics
+{moving_positions}
+rows = (b.to(gl.int64) * H + h) * M + q_idx
+reference = gl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
+delta = gl.load(Delta + rows, mask=q_idx < M, other=0.0)
+"""
+
+STORE_STATISTICS = """
+statistics_ring.index(slot * 2).store(reference)
+statistics_ring.index(slot * 2 + 1).store(delta)
+mbarrier.arrive(ready.index(slot))
+"""
+
+ROWS = """
+@gluon.jit
+def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
+    first_held, second_held, held_ready, held_free = held
+    first_ring, second_ring, ready, free, statistics_ring = stream
+    message, row_ready, row_free = messages
+    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
+    ({operands}) = operands
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {streamed_rows}, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {d}, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    within = gl.arange(0, {streamed_rows}, gl.SliceLayout(0, SCORES))
+    nothing = gl.zeros([64, {streamed_rows}], gl.float32, SCORES)
+    no_sums = gl.zeros([64, {d}], gl.float32, SUMS)
+    {no_sums}
+    slot = 0
+    phase = 0
+    turn = 0
+    place = 0
+    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])  # each thread holds all words
+    places = gl.arange(0, 16, EVERYWHERE)
+    mbarrier.wait(row_ready.index(0), 0)
+    words = message.index(0).load(EVERYWHERE)
+    while _word(words, places, 0) >= 0:
+        {read_row}
+        mbarrier.arrive(row_free.index(turn % 2))
+        {row_positions}
+        at = place % 2 * 2 + PART
+        {start}
+        {before}
+        {every_tile}
+        {finish}
+        turn += 1
+        mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
+        words = message.index(turn % 2).load(EVERYWHERE)
+    {drain}
+"""
+
+TILE = """
+{moving_positions}
+{reads}
+mbarrier.wait(ready.index(slot), phase)
+{left} = first_ring.index(slot).reshape([{streamed_rows}, {d}])
+{right} = second_ring.index(slot).reshape([{streamed_rows}, {d}])
+qk = warpgroup_mma(first, {left}.permute((1, 0)), nothing, use_acc=False, is_async=True)
+dp = warpgroup_mma(second, {right}.permute((1, 0)), nothing, use_acc=False, is_async=True)
+{streamed_reference}
+qk = warpgroup_mma_wait(1, (qk,))
+{weights}
+{values}
+dp = warpgroup_mma_wait({outstanding}, (dp,))
+{streamed_delta}
+ds = p * (dp - delta{along})
+{gradients}
+mbarrier.arrive(free.index(slot))
+slot, phase = _next_slot(slot, phase, {stages})
+"""
+
+WEIGHTS = """
+{scores}
+p = _exp2(scores{scale} - reference{along})
+"""
+
+WHERE_MASKED = """
+if masked:
+    {masked}
+else:
+    {kept}
+"""
+
+KERNEL = """
+@gluon.jit
+def {kernel}({parameters}):
+    first_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {first_held}.layout)  # two for each group
+    second_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {second_held}.layout)
+    first_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {first_streamed}.layout)
+    second_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {second_streamed}.layout)
+    {statistics_ring}
+    words = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    held_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    held_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(held_ready.index(i), count=1)
+        mbarrier.init(held_free.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(row_ready.index(i), count=1)
+        mbarrier.init(row_free.index(i), count=2)
+    for i in gl.static_range({stages}):
+        mbarrier.init(ready.index(i), count={ready_count})
+        mbarrier.init(free.index(i), count=2)
+    fence_async_shared()
+    held = (first_held, second_held, held_ready, held_free)
+    stream = (first_ring, second_ring, ready, free, {statistics_passed})
+    messages = (words, row_ready, row_free)
+    full = (FullCount, FullBegin, FullEnd, Full_ranges)
+    tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
+    items = ({first_item}, B * {held_heads} * {row_tiles}, gl.num_programs(0), {shares})
+    operands = ({operands})
+    gl.warp_specialize(
+        [
+            (_rows_{side}, (held, stream, messages, tables, operands, 0)),
+            (_rows_{side}, (held, stream, messages, tables, operands, 1)),
+            (_loads_{side}, ({held}, {streamed}, held, stream, messages, tables, items, (H, M, N), {statistics})),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+"""
+
+# Gradients go out through the place of what was held, which is free again when they have left it.
+STORE_TILE = """
+{place}_held.index(at).reshape([64, {d}]).store(({value}).to({dtype}))
+"""
+
+SEND_TILE = """
+tma.async_copy_shared_to_global(Grad_{name}, [{at}, 0], {place}_held.index(at))
+"""
+
+FREE_BEFORE = """
+tma.store_wait(0)  # of the row before, which went out through the other place
+mbarrier.arrive(held_free.index((place + 1) % 2 * 2 + PART), pred=place > 0)
+"""
+
+# Or from registers, in the strides that their tensor has.
+STORE = """
+at_rows = gl.convert_layout({axis}, gl.SliceLayout(1, SUMS))
+grad_rows = Grad_{name} + b.to(gl.int64) * stride_grad_{name}_b + {head}.to(gl.int64) * stride_grad_{name}_h
+grad_rows += at_rows.to(gl.int64)[:, None] * stride_grad_{name}_row
+grad_at = grad_rows + gl.arange(0, {d}, gl.SliceLayout(0, SUMS))[None, :] * stride_grad_{name}_channel
+gl.store(grad_at, ({value}).to(Grad_{name}.dtype.element_ty), mask=at_rows[:, None] < {end})
+"""
