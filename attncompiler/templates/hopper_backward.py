@@ -2,10 +2,10 @@
 
 A row is a tile of 128 tokens of one side, 64 for each group, which stays in shared memory (`held`) while tiles of 64 tokens of the
 other side stream past it: K and V, past which come Q and dO, in the kernel for the gradients of keys; Q and dO, past which come K
-and V, in the one for those of queries. What is held has two places, so that the next row's loads run under the end of the last. Scores
-have the held side on rows: weights and their gradients then go from the registers of one product into the next, and no tile is
-transposed. One loop serves masked tiles and others: of two loops that share what is held, ptxas (of CUDA 12.8) computes the address
-in the first alone, also where that is skipped. The mathematics is that of softmax_backward.py.
+and V, in the one for those of queries. What is held has two places, so that the next row's loads run under the end of the last.
+Scores have the held side on rows: weights and their gradients then go from the registers of one product into the next, and no tile
+is transposed. One loop serves masked tiles and others: of two loops that share what is held, ptxas (of CUDA 12.8) computes the
+address in the first alone, also where that is skipped. The mathematics is that of softmax_backward.py.
 """
 
 LOADS = '''
