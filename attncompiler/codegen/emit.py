@@ -11,6 +11,7 @@ from attncompiler.codegen.emission import (
 from attncompiler.codegen.emit_backward import delta_source, keys_source, queries_source
 from attncompiler.codegen.emit_forward import forward_source
 from attncompiler.codegen.emit_hopper import hopper_forward_source
+from attncompiler.codegen.lowerable import lowerable
 from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import TRUE, ZERO, Kind, Read, reads_of, walk
@@ -21,7 +22,7 @@ from attncompiler.tuning.schedule import Schedule
 
 def emit(program: Attention, schedule: Schedule, layout: Layout) -> str:
     """The source of all kernels that `layout.wanted` needs. Raises: UnsupportedProgram, in the user's words."""
-    _check(program)
+    _check(lowerable(program))
     e = Emission(program, schedule, layout)
     kernels = [hopper_forward_source(Emission(program, schedule, layout)) if schedule.warp_roles else forward_source(e)]
     sides = needed_kernels(program, layout.wanted)
