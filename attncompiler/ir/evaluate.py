@@ -172,7 +172,8 @@ class Block:
             value = self(entry)
             if isinstance(value, Tensor) and axes_of(entry):
                 # a branch of `where` may read outside; its value is never used there
-                value = value.to(torch.int64).clamp(0, max(extent - 1, 0)) if not isinstance(entry, Axis) else value
+                if not isinstance(entry, Axis) or self.extents[entry.name] > extent:
+                    value = value.to(torch.int64).clamp(0, max(extent - 1, 0))
             index.append(value)
         if not any(isinstance(value, Tensor) for value in index):
             found = tensor[tuple(int(value) for value in index if not isinstance(value, Tensor))]
