@@ -170,10 +170,10 @@ class Block:
         index = []
         for entry, extent in zip(read.index, tensor.shape, strict=False):
             value = self(entry)
-            if isinstance(value, Tensor) and axes_of(entry):
+            outside = not isinstance(entry, Axis) or self.extents[entry.name] > extent
+            if isinstance(value, Tensor) and axes_of(entry) and outside:
                 # a branch of `where` may read outside; its value is never used there
-                if not isinstance(entry, Axis) or self.extents[entry.name] > extent:
-                    value = value.to(torch.int64).clamp(0, max(extent - 1, 0))
+                value = value.to(torch.int64).clamp(0, max(extent - 1, 0))
             index.append(value)
         if not any(isinstance(value, Tensor) for value in index):
             found = tensor[tuple(int(value) for value in index if not isinstance(value, Tensor))]

@@ -6,13 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ir.running import reads, run
+from tests.ir.running import rand, reads, run
 
 B, H, N, D, E = 2, 3, 10, 4, 5
-
-
-def _rand(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def _silu(tensor: str, *index: str) -> str:
@@ -21,10 +17,10 @@ def _silu(tensor: str, *index: str) -> str:
 
 
 def test_transnormer_with_lightning_attention() -> None:
-    """Sheets 33 and 46: decay of each head as an operand, SiLU features, LRPE that doubles them, a norm over all heads, a gate."""
+    """Decay of each head as an operand, SiLU features, LRPE that doubles them, a norm over all heads, a gate."""
     torch.manual_seed(0)
-    q, k, v, u = _rand(B, H, N, D), _rand(B, H, N, D), _rand(B, H, N, E), _rand(B, N, H * E)
-    rate, theta = torch.rand(H).double(), _rand(H, D)
+    q, k, v, u = rand(B, H, N, D), rand(B, H, N, D), rand(B, H, N, E), rand(B, N, H * E)
+    rate, theta = torch.rand(H).double(), rand(H, D)
     feature = "where(c < 4, {0} * cos(theta[h, c] * {1}), {2} * sin(theta[h, c - 4] * {1}))"
     low, high = ("b", "h", "{0}", "c"), ("b", "h", "{0}", "c - 4")
     key, query = (
@@ -54,10 +50,10 @@ def test_transnormer_with_lightning_attention() -> None:
 
 
 def test_rala() -> None:
-    """Sheet 16: keys weighed by a softmax of what a mean of queries says, rotated in the numerator and not in the denominator."""
+    """Keys weighed by a softmax of what a mean of queries says, rotated in the numerator and not in the denominator."""
     torch.manual_seed(0)
     rows, columns = 2, 5
-    q, k, v = _rand(B, H, N, D), _rand(B, H, N, D), _rand(B, H, N, E)
+    q, k, v = rand(B, H, N, D), rand(B, H, N, D), rand(B, H, N, E)
     w = (1 / 10000 ** torch.linspace(0, 1, D // 4, dtype=torch.float64)).repeat_interleave(2)
     place = [torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)]
     angle = torch.cat([p[:, None] * w for p in place], -1)
@@ -84,7 +80,7 @@ def test_rala() -> None:
       return phi_q, phi_k, den
     state
       axes  b={B}, h={H}, q_idx={N}, kv_idx={N}, c={D}, d={E}
-      read  phi_q: f64[{B}, {H}, {N}, {D}], phi_k: f64[{B}, {H}, {N}, {D}], {reads(cos_of=cos, sin_of=sin, v=v)}, den: f64[{B}, {H}, {N}]
+      read  {reads(phi_q=q, phi_k=k, cos_of=cos, sin_of=sin, v=v)}, den: f64[{B}, {H}, {N}]
       write {rotated("phi_k", "kv_idx")}, v[b, h, kv_idx, d]
       query {rotated("phi_q", "q_idx")} after {N - 1}
       weigh (den[b, h, q_idx] + 1e-06) * {N}.0
@@ -113,9 +109,9 @@ def _state(clauses: str, query: str, c: int = D, keys: int = N, **tensors: Tenso
 
 
 def test_gated_delta_rule_and_kda() -> None:
-    """Sheet 98: decay first, then the correction of what has decayed; of each head and token, or of each channel."""
+    """Decay first, then the correction of what has decayed; of each head and token, or of each channel."""
     torch.manual_seed(0)
-    q, k, v, beta = _rand(B, H, N, D), F.normalize(_rand(B, H, N, D), dim=-1), _rand(B, H, N, E), torch.rand(B, H, N).double()
+    q, k, v, beta = rand(B, H, N, D), F.normalize(rand(B, H, N, D), dim=-1), rand(B, H, N, E), torch.rand(B, H, N).double()
     for gate, index in ((-torch.rand(B, H, N).double(), "b, h, kv_idx"), (-torch.rand(B, H, N, D).double(), "b, h, kv_idx, c")):
         clauses = f"""decay   exp(gate[{index}])
           correct -(beta[b, h, kv_idx] * k[b, h, kv_idx, c]), k[b, h, kv_idx, c] after decay
@@ -132,7 +128,7 @@ def test_gated_delta_rule_and_kda() -> None:
 
 def test_rwkv6_reads_before_its_update_with_a_bonus() -> None:
     torch.manual_seed(0)
-    q, k, v, w, u = _rand(B, H, N, D), _rand(B, H, N, D), _rand(B, H, N, E), -torch.rand(B, H, N, D).double(), _rand(H, D)
+    q, k, v, w, u = rand(B, H, N, D), rand(B, H, N, D), rand(B, H, N, E), -torch.rand(B, H, N, D).double(), rand(H, D)
     clauses = "decay exp(w[b, h, kv_idx, c])\n write k[b, h, kv_idx, c], v[b, h, kv_idx, d]\n bonus u[h, c]"
     found = _state(clauses, "q[b, h, q_idx, c] before q_idx", w=w, k=k, v=v, q=q, u=u)
     total = w.cumsum(2)
@@ -144,7 +140,7 @@ def test_rwkv6_reads_before_its_update_with_a_bonus() -> None:
 
 def test_based_has_taylor_features_and_a_normaliser() -> None:
     torch.manual_seed(0)
-    q, k, v = _rand(B, H, N, D), _rand(B, H, N, D), _rand(B, H, N, E)
+    q, k, v = rand(B, H, N, D), rand(B, H, N, D), rand(B, H, N, E)
 
     def taylor(name: str, at: str) -> str:
         x = f"{name}[b, h, {at}, " + "{0}]"
@@ -160,8 +156,8 @@ def test_based_has_taylor_features_and_a_normaliser() -> None:
 
 def test_delta_product_takes_two_steps_a_token() -> None:
     torch.manual_seed(0)
-    q, g = _rand(B, H, N, D), -torch.rand(B, H, N).double()
-    k, v, beta = F.normalize(_rand(B, H, N, 2, D), dim=-1), _rand(B, H, N, 2, E), torch.rand(B, H, N, 2).double()
+    q, g = rand(B, H, N, D), -torch.rand(B, H, N).double()
+    k, v, beta = F.normalize(rand(B, H, N, 2, D), dim=-1), rand(B, H, N, 2, E), torch.rand(B, H, N, 2).double()
     at = "b, h, kv_idx // 2, kv_idx % 2"
     clauses = f"""decay where(kv_idx % 2 == 0, exp(g[b, h, kv_idx // 2]), 1.0)
       correct -(beta[{at}] * k[{at}, c]), k[{at}, c] after decay
@@ -180,7 +176,7 @@ def test_delta_product_takes_two_steps_a_token() -> None:
 def test_gated_slots_are_two_states_with_a_softmax_between() -> None:
     torch.manual_seed(0)
     slots = 6
-    q, k, v, s = _rand(B, H, N, D), _rand(B, H, N, D), _rand(B, H, N, E), torch.rand(B, H, N, slots).double()
+    q, k, v, s = rand(B, H, N, D), rand(B, H, N, D), rand(B, H, N, E), torch.rand(B, H, N, slots).double()
     axes = f"b={B}, h={H}, q_idx={N}, kv_idx={N}"
     text = f"""state
       axes   {axes}, c={D}, d={slots}
@@ -211,9 +207,9 @@ def test_gated_slots_are_two_states_with_a_softmax_between() -> None:
 
 
 def test_mamba_decays_each_element() -> None:
-    """Sheet 40: S6, a state of channels by features with its own decay for each element, no product of matrices."""
+    """S6, a state of channels by features with its own decay for each element, no product of matrices."""
     torch.manual_seed(0)
-    x, dt, a, bs, cs = _rand(B, N, E), torch.rand(B, N, E).double(), -torch.rand(E, D).double(), _rand(B, N, D), _rand(B, N, D)
+    x, dt, a, bs, cs = rand(B, N, E), torch.rand(B, N, E).double(), -torch.rand(E, D).double(), rand(B, N, D), rand(B, N, D)
     text = f"""state
       axes   b={B}, h=1, q_idx={N}, kv_idx={N}, c={D}, d={E}
       read   {reads(dt=dt, a=a, bs=bs, x=x, cs=cs)}
