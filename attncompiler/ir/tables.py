@@ -2,7 +2,7 @@
 
     tables  # model.py:38
       axes    b=2, g=2, key=4096, block=64, t=64, place=8
-      read    k: bf16[2, 2, 4096, 64], bias: f32[2, 2, 4096]
+      read    bias: f32[2, 2, 4096]
       let     mass[b, g, block] = sum(exp(bias[b, g, block * 64 + t]), over=t)
       select  kept[b, g, block] = top_k(mass[b, g, block], 8, over=block)
       select  picked[b, g, place] = positions(kept[b, g, block], over=block, into=place)
