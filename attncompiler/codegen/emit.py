@@ -13,6 +13,7 @@ from attncompiler.codegen.emit_forward import forward_source
 from attncompiler.codegen.emit_hopper import hopper_forward_source
 from attncompiler.codegen.emit_hopper_backward import hopper_backward_source
 from attncompiler.codegen.hopper import hopper_source
+from attncompiler.codegen.lowerable import lowerable
 from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import TRUE, ZERO, Kind, Read, reads_of, walk
@@ -23,7 +24,7 @@ from attncompiler.tuning.schedule import Schedule
 
 def emit(program: Attention, schedule: Schedule, layout: Layout) -> str:
     """The source of all kernels that `layout.wanted` needs. Raises: UnsupportedProgram, in the user's words."""
-    _check(program)
+    _check(lowerable(program))
     e = Emission(program, schedule, layout)
     sides = needed_kernels(program, layout.wanted)
     kernels = [delta_source(e)] if sides else []

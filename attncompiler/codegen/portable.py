@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attncompiler.codegen.lowerable import lowerable
 from attncompiler.codegen.vectors import VectorGradient, VectorView, add_elements, poison_empty_heads, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block, whole
@@ -39,7 +40,7 @@ class _Run:
     """One call: the program bound to its operands."""
 
     def __init__(self, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
-        self.program, self.operands, self.sizes = program, operands, sizes
+        self.program, self.operands, self.sizes = lowerable(program), operands, sizes
         self.extents = extents_of(program, sizes)
         self.device = operands[program.sum.tensor].device
         doubles = any(t.dtype == torch.float64 for t in operands.values())

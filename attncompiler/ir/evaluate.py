@@ -90,8 +90,9 @@ def uniform(seed: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
 class Block:
     """A box of positions and the operands, over which expressions are evaluated.
 
-    `positions` maps an axis name to an int64 tensor of shape [.., 1, ..] along that axis' place in (b, h, q_idx, kv_idx); results
-    broadcast to the box. Floating operands are read in `dtype`; `sizes` holds the run-time integers, `extents` those of the axes.
+    `positions` maps an axis name to an int64 tensor of shape [.., 1, ..] along that axis' place; in an attention that is its place
+    in (b, h, q_idx, kv_idx). Results broadcast to the box. Floating operands are read in `dtype`; `sizes` holds the run-time
+    integers, `extents` those of the axes.
     """
 
     tensors: Mapping[str, Tensor]
@@ -111,7 +112,7 @@ class Block:
         value = self(expr)
         if isinstance(value, Tensor):
             return value
-        device = self.positions["b"].device
+        device = next((tensor.device for tensor in (*self.positions.values(), *self.tensors.values())), None)
         dtype = self.dtype if isinstance(value, float) else None
         return torch.tensor(value, dtype=dtype, device=device)
 
@@ -169,9 +170,10 @@ class Block:
         index = []
         for entry, extent in zip(read.index, tensor.shape, strict=False):
             value = self(entry)
-            if isinstance(value, Tensor) and axes_of(entry):
+            outside = not isinstance(entry, Axis) or self.extents[entry.name] > extent
+            if isinstance(value, Tensor) and axes_of(entry) and outside:
                 # a branch of `where` may read outside; its value is never used there
-                value = value.to(torch.int64).clamp(0, max(extent - 1, 0)) if not isinstance(entry, Axis) else value
+                value = value.to(torch.int64).clamp(0, max(extent - 1, 0))
             index.append(value)
         if not any(isinstance(value, Tensor) for value in index):
             found = tensor[tuple(int(value) for value in index if not isinstance(value, Tensor))]
@@ -183,12 +185,19 @@ class Block:
 def whole(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int], dtype: torch.dtype, device: torch.device
 ) -> Block:
-    """The box of all positions of a program."""
+    """The box of all positions of an attention."""
+    return box(tensors, sizes, {axis.name: extents[axis.name] for axis in AXES}, dtype, device)
+
+
+def box(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int], dtype: torch.dtype, device: torch.device
+) -> Block:
+    """The box of all positions of some axes, one dimension each, in the order of `extents`."""
     positions = {}
-    for place, axis in enumerate(AXES):
-        shape = [1, 1, 1, 1]
-        shape[place] = extents[axis.name]
-        positions[axis.name] = torch.arange(extents[axis.name], device=device).reshape(shape)
+    for place, (name, extent) in enumerate(extents.items()):
+        shape = [1] * len(extents)
+        shape[place] = extent
+        positions[name] = torch.arange(extent, device=device).reshape(shape)
     return Block(tensors, sizes, extents, positions, dtype)
 
 

@@ -3,9 +3,10 @@
     axes   sizes of b, h, q_idx, kv_idx          score   s, an expression of dot products, positions and tensor reads
     read   the tensors, their shapes and dtypes   keep    which pairs take part, and what an empty row gives
     weigh  the normaliser                         adjust  a factor on each weight after normalising
-    sum    the value vectors                      return  what the caller reads
+    sum    the value vectors                      route   which heads a query uses, and how strongly
 
-`select`, `route` and `state` extend this form; docs/design.md says where each of them attaches.
+tables.py and select.py say what is computed around an attention, state.py what a recurrence is, phases.py how they follow one
+another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from attncompiler.ir.expr import (
     AXES,
+    ONE,
     OPERATORS,
     TRUE,
     Apply,
@@ -105,15 +107,30 @@ class Softmax:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Which heads a query uses, and how strongly: both over b, h and q_idx (or fewer).
+
+    O[b, h, i] is `gain` times the sum where `active` holds. Elsewhere the head is not computed for the query: O is 0 and lse is
+    -inf whatever the row or the gain would be, NaN included, and nothing gets a gradient through it. All heads of a query may be
+    off. Keys and values are never routed: a token that does not use a head as a query still serves it as a key."""
+
+    active: Expr = TRUE
+    gain: Expr = ONE
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """The user's line, "file.py:41"; empty for declared programs."""
 
     line: str = ""
 
 
+NOWHERE = Origin()
+
+
 @dataclass(frozen=True)
 class Attention:
-    """O[b, h, i] = sum_j weigh(score where keep)[j] * adjust[j] * value[j], for each b, h and query i.
+    """O[b, h, i] = gain * sum_j weigh(score where keep)[j] * adjust[j] * value[j], for each b, h and query i that is active.
 
     Outputs: O [b, h, q_idx, Dv] in the dtype of the value operand; lse [b, h, q_idx] float32 (float64 for f64), natural log of
     the denominator, extra scores included.
@@ -126,11 +143,12 @@ class Attention:
     weigh: Softmax
     adjust: Expr  # ONE changes nothing
     sum: Read  # a vector over the channels of the value
-    origin: Origin = Origin()
+    route: Route = Route()
+    origin: Origin = NOWHERE
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.axes, self.tensors, self.score, self.keep, self.weigh, self.adjust, self.sum, self.origin))
+        return hash((self.axes, self.tensors, self.score, self.keep, self.weigh, self.adjust, self.sum, self.route, self.origin))
 
     def __hash__(self) -> int:
         """Computed once: programs are keys of every cache that a call looks at."""
@@ -147,7 +165,7 @@ class Attention:
     @property
     def expressions(self) -> tuple[Expr, ...]:
         """Every expression of the program, clause by clause."""
-        return (self.score, self.keep.predicate, *self.weigh.extra, self.adjust, self.sum)
+        return (self.score, self.keep.predicate, *self.weigh.extra, self.adjust, self.sum, self.route.active, self.route.gain)
 
     @functools.cached_property
     def sizes(self) -> tuple[str, ...]:
@@ -182,7 +200,7 @@ class Attention:
     @functools.cached_property
     def differentiable(self) -> tuple[str, ...]:
         """Operands that can carry a gradient: the floating ones that reach the output other than through a predicate."""
-        used = {read.tensor for expr in (self.score, *self.weigh.extra, self.adjust) for read in reads_of(expr)}
+        used = {read.tensor for expr in (self.score, *self.weigh.extra, self.adjust, self.route.gain) for read in reads_of(expr)}
         used.add(self.sum.tensor)
         return tuple(decl.name for decl in self.tensors if decl.name in used and decl.dtype.kind is Kind.FLOAT)
 
@@ -198,6 +216,7 @@ def each_clause(program: Attention, change: Callable[[Expr], Expr]) -> Attention
         weigh=Softmax(tuple(change(extra) for extra in program.weigh.extra)),
         adjust=change(program.adjust),
         sum=value,
+        route=Route(change(program.route.active), change(program.route.gain)),
     )
 
 

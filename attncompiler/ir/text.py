@@ -8,7 +8,8 @@ attention                                              # model.py:41
   weigh   softmax
   sum     v[b, h // 4, kv_idx]
 
-`weigh softmax(sink[h], 0.0)` lists extra scores; `adjust` is printed when it is not 1, `keep` when it drops a pair.
+`weigh softmax(sink[h], 0.0)` lists extra scores; `adjust` is printed when it is not 1, `keep` when it drops a pair, and
+`route gain[b, q_idx, h] where active[b, q_idx, h]` where heads are routed. Other nodes, and programs of phases: phase_text.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
+from collections.abc import Mapping, Sequence
 
 from attncompiler.errors import ParseError
 from attncompiler.ir.expr import (
@@ -32,7 +34,7 @@ from attncompiler.ir.expr import (
     Uniform,
     apply,
 )
-from attncompiler.ir.program import Attention, Axes, Dtype, Empty, Keep, Origin, Softmax, TensorDecl
+from attncompiler.ir.program import Attention, Axes, Dtype, Empty, Keep, Origin, Route, Softmax, TensorDecl
 
 # Python's own precedences, so that the text reads and parses as Python.
 _PRECEDENCE = {
@@ -40,7 +42,7 @@ _PRECEDENCE = {
     "add": 8, "sub": 8, "mul": 9, "div": 9, "floordiv": 9, "mod": 9, "neg": 10, "not": 10, "pow": 11,
 }  # fmt: skip
 _COMPARISON = 3
-_AXIS_NAMES = {axis.name: axis for axis in AXES}
+_AXES_BY_NAME = {axis.name: axis for axis in AXES}
 
 
 def expr_text(expr: Expr) -> str:
@@ -56,11 +58,11 @@ def _print(expr: Expr) -> tuple[str, int]:
     if isinstance(expr, Axis | Size):
         return expr.name, atom
     if isinstance(expr, Read):
-        return f"{expr.tensor}[{_sizes(expr.index)}]", atom
+        return f"{expr.tensor}[{sizes_text(expr.index)}]", atom
     if isinstance(expr, Dot):
         return f"dot({expr_text(expr.left)}, {expr_text(expr.right)})", atom
     if isinstance(expr, Uniform):
-        return f"uniform({_sizes(expr.children)})", atom
+        return f"uniform({sizes_text(expr.children)})", atom
     assert isinstance(expr, Apply)
     symbol = OPERATORS[expr.op].symbol
     if not symbol:
@@ -89,12 +91,11 @@ def _number(value: bool | int | float) -> str:
 def to_text(program: Attention) -> str:
     """The whole program; `parse` gives it back, origin included."""
     axes = ", ".join(f"{axis.name}={expr_text(program.axes.size(axis))}" for axis in AXES)
-    reads = ", ".join(f"{d.name}: {d.dtype.value}[{_sizes(d.shape)}]" for d in program.tensors)
     extra = ", ".join(expr_text(e) for e in program.weigh.extra)
     lines = [
-        "attention" + (f"  # {program.origin.line}" if program.origin.line else ""),
+        header_text("attention", program.origin),
         f"  axes    {axes}",
-        f"  read    {reads}",
+        f"  read    {declarations_text(program.tensors)}",
         f"  score   {expr_text(program.score)}",
     ]
     if program.keep != Keep():
@@ -103,10 +104,23 @@ def to_text(program: Attention) -> str:
     if program.adjust != ONE:
         lines.append(f"  adjust  {expr_text(program.adjust)}")
     lines.append(f"  sum     {expr_text(program.sum)}")
+    if program.route != Route():
+        lines.append(f"  route   {expr_text(program.route.gain)} where {expr_text(program.route.active)}")
     return "\n".join(lines) + "\n"
 
 
-def _sizes(shape: tuple[Expr, ...]) -> str:
+def header_text(kind: str, origin: Origin) -> str:
+    """The first line of a program or of a phase."""
+    return kind + (f"  # {origin.line}" if origin.line else "")
+
+
+def declarations_text(tensors: Sequence[TensorDecl]) -> str:
+    """The body of a `read` clause."""
+    return ", ".join(f"{d.name}: {d.dtype.value}[{sizes_text(d.shape)}]" for d in tensors)
+
+
+def sizes_text(shape: tuple[Expr, ...]) -> str:
+    """Sizes or index entries, separated by commas."""
     return ", ".join(expr_text(size) for size in shape) or "()"
 
 
@@ -120,47 +134,57 @@ _UNARY = {ast.USub: "neg", ast.Invert: "not"}
 _COMPARE = {ast.Eq: "eq", ast.NotEq: "ne", ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge"}
 
 
-def parse_expr(text: str) -> Expr:
+def parse_expr(text: str, axes: Mapping[str, Axis] = _AXES_BY_NAME) -> Expr:
     """The expression that `text` prints. Names that are not axes are run-time sizes.
 
     Raises: ParseError with the offending piece."""
+    return build(syntax(text), axes)
+
+
+def syntax(text: str) -> ast.expr:
+    """`text` as an expression of Python. Raises: ParseError."""
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        return ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise ParseError(f"not an expression: {text.strip()!r}", why=str(error)) from None
-    return _build(tree.body)
 
 
-def _build(node: ast.expr) -> Expr:
-    match node:
-        case ast.Constant(value=bool() | int() | float() as value):
-            return Const(value)
-        case ast.Name(id=name):
-            if name in _AXIS_NAMES:
-                return _AXIS_NAMES[name]
-            if name in ("inf", "nan"):
-                return Const(float(name))
-            return Size(name)
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
-            return apply(_UNARY[type(op)], _build(operand))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return apply(_BINARY[type(op)], _build(left), _build(right))
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-            return apply(_COMPARE[type(op)], _build(left), _build(right))
-        case ast.Subscript(value=ast.Name(id=name), slice=index):
-            entries = index.elts if isinstance(index, ast.Tuple) else [index]
-            return Read(name, tuple(_build(entry) for entry in entries))
-        case ast.Call(func=ast.Name(id="dot"), args=[left, right]):
-            a, b = _build(left), _build(right)
-            if isinstance(a, Read) and isinstance(b, Read):
-                return Dot(a, b)
-        case ast.Call(func=ast.Name(id="uniform"), args=[seed, *at]) if len(at) in (0, 2):
-            read = _build(seed)
-            if isinstance(read, Read):
-                return Uniform(read, tuple(_build(place) for place in at))
-        case ast.Call(func=ast.Name(id=name), args=args) if name in OPERATORS and len(args) == OPERATORS[name].arity:
-            return apply(name, *(_build(arg) for arg in args))
-    raise ParseError(f"not in the language: {ast.unparse(node)!r}", do="see docs/language.md for the operators")
+def build(node: ast.expr, axes: Mapping[str, Axis] = _AXES_BY_NAME) -> Expr:
+    """The expression that a piece of Python's syntax says. Raises: ParseError."""
+
+    def go(node: ast.expr) -> Expr:
+        match node:
+            case ast.Constant(value=bool() | int() | float() as value):
+                return Const(value)
+            case ast.Name(id=name):
+                if name in axes:
+                    return axes[name]
+                if name in ("inf", "nan"):
+                    return Const(float(name))
+                return Size(name)
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+                return apply(_UNARY[type(op)], go(operand))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return apply(_BINARY[type(op)], go(left), go(right))
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+                return apply(_COMPARE[type(op)], go(left), go(right))
+            case ast.Subscript(value=ast.Name(id=name), slice=index):
+                entries = index.elts if isinstance(index, ast.Tuple) else [index]
+                return Read(name, tuple(go(entry) for entry in entries))
+            case ast.Call(func=ast.Name(id="dot"), args=[left, right], keywords=[]):
+                a, b = go(left), go(right)
+                if isinstance(a, Read) and isinstance(b, Read):
+                    return Dot(a, b)
+            case ast.Call(func=ast.Name(id="uniform"), args=[seed, *at], keywords=[]) if len(at) in (0, 2):
+                read = go(seed)
+                if isinstance(read, Read):
+                    return Uniform(read, tuple(go(place) for place in at))
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in OPERATORS:
+                if len(args) == OPERATORS[name].arity:
+                    return apply(name, *(go(arg) for arg in args))
+        raise ParseError(f"not in the language: {ast.unparse(node)!r}", do="see docs/language.md for the operators")
+
+    return go(node)
 
 
 def to_line(program: Attention) -> str:
@@ -170,53 +194,76 @@ def to_line(program: Attention) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Attention:
-    """The program that `to_text` or `to_line` printed. Raises: ParseError naming the clause."""
-    lines = [line for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    """The attention that `to_text` or `to_line` printed. Raises: ParseError naming the clause."""
+    lines = lines_of(text)
     if not lines or lines[0].split("#")[0].strip() != "attention":
         raise ParseError("a program begins with the line 'attention'")
-    origin = Origin(lines[0].partition("#")[2].strip())
-    clauses: dict[str, str] = {}
-    for line in lines[1:]:
-        name, _, body = line.strip().partition(" ")
-        if name not in ("axes", "read", "score", "keep", "weigh", "adjust", "sum") or name in clauses:
-            raise ParseError(f"unknown or repeated clause {name!r}")
-        clauses[name] = body.strip()
-    missing = {"axes", "read", "score", "weigh", "sum"} - clauses.keys()
-    if missing:
-        raise ParseError(f"the program has no clause {sorted(missing)[0]!r}")
-    sizes = _keywords(clauses["axes"])
-    if sizes.keys() != _AXIS_NAMES.keys():
-        raise ParseError(f"axes are {', '.join(_AXIS_NAMES)}", where=clauses["axes"])
+    return attention_of(lines)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a program, printed as lines or as one."""
+    return [line for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+
+
+def attention_of(lines: Sequence[str]) -> Attention:
+    """The attention of these lines, header and clauses."""
+    needed, others = ("axes", "read", "score", "weigh", "sum"), ("keep", "adjust", "route")
+    clauses = clauses_of(lines[1:], needed, others)
+    sizes = keywords(clauses["axes"])
+    if sizes.keys() != _AXES_BY_NAME.keys():
+        raise ParseError(f"axes are {', '.join(_AXES_BY_NAME)}", where=clauses["axes"])
     value = parse_expr(clauses["sum"])
     if not isinstance(value, Read):
         raise ParseError(f"sum takes one tensor read, not {clauses['sum']!r}")
     return Attention(
         axes=Axes(**sizes),
-        tensors=_declarations(clauses["read"]),
+        tensors=declarations(clauses["read"]),
         score=parse_expr(clauses["score"]),
         keep=_keep(clauses.get("keep", "True else nan")),
         weigh=_weigh(clauses["weigh"]),
         adjust=parse_expr(clauses.get("adjust", "1")),
         sum=value,
-        origin=origin,
+        route=_route(clauses.get("route", "1 where True")),
+        origin=origin_of(lines[0]),
     )
 
 
-def _keywords(text: str) -> dict[str, Expr]:
-    call = ast.parse(f"axes({text})", mode="eval").body
+def origin_of(header: str) -> Origin:
+    """The user's line that a header names."""
+    return Origin(header.partition("#")[2].strip())
+
+
+def clauses_of(lines: Sequence[str], needed: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """The body of each clause by its name. Raises: ParseError for a clause that is unknown, repeated or missing."""
+    clauses: dict[str, str] = {}
+    for line in lines:
+        name, _, body = line.strip().partition(" ")
+        if name not in (*needed, *others) or name in clauses:
+            raise ParseError(f"unknown or repeated clause {name!r}")
+        clauses[name] = body.strip()
+    missing = sorted(set(needed) - clauses.keys())
+    if missing:
+        raise ParseError(f"the program has no clause {missing[0]!r}")
+    return clauses
+
+
+def keywords(text: str) -> dict[str, Expr]:
+    """The body of an `axes` clause."""
+    call = syntax(f"axes({text})")
     assert isinstance(call, ast.Call)
-    return {str(word.arg): _build(word.value) for word in call.keywords}
+    return {str(word.arg): build(word.value) for word in call.keywords}
 
 
-def _declarations(text: str) -> tuple[TensorDecl, ...]:
-    mapping = ast.parse("{" + text + "}", mode="eval").body
-    assert isinstance(mapping, ast.Dict)
+def declarations(text: str) -> tuple[TensorDecl, ...]:
+    """The body of a `read` clause."""
+    mapping = syntax("{" + text + "}")
     decls = []
-    for key, spec in zip(mapping.keys, mapping.values, strict=True):
+    for key, spec in zip(mapping.keys, mapping.values, strict=True) if isinstance(mapping, ast.Dict) else ():
         if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and isinstance(spec.value, ast.Name)):
             raise ParseError(f"a tensor is declared as name: dtype[sizes], not {text!r}")
         entries = spec.slice.elts if isinstance(spec.slice, ast.Tuple) else [spec.slice]
-        decls.append(TensorDecl(key.id, Dtype(spec.value.id), tuple(_build(entry) for entry in entries)))
+        decls.append(TensorDecl(key.id, Dtype(spec.value.id), tuple(build(entry) for entry in entries)))
     return tuple(decls)
 
 
@@ -227,10 +274,17 @@ def _keep(text: str) -> Keep:
     return Keep(parse_expr(predicate), Empty(empty))
 
 
+def _route(text: str) -> Route:
+    gain, separator, active = text.partition(" where ")
+    if not separator:
+        raise ParseError(f"route is written 'GAIN where PREDICATE', not {text!r}")
+    return Route(parse_expr(active), parse_expr(gain))
+
+
 def _weigh(text: str) -> Softmax:
-    call = ast.parse(text, mode="eval").body
+    call = syntax(text)
     if isinstance(call, ast.Name) and call.id == "softmax":
         return Softmax()
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "softmax":
-        return Softmax(tuple(_build(arg) for arg in call.args))
+        return Softmax(tuple(build(arg) for arg in call.args))
     raise ParseError(f"weigh is softmax or softmax(extra scores), not {text!r}")

@@ -1,41 +1,45 @@
-"""The invariants of the language: a sentence and a check each. `verify` runs between every two passes."""
+"""The invariants of an attention, a sentence and a check each, and `verify`, which runs between every two passes.
+
+The invariants of tables, states and programs of several phases are in verify_phases.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from attncompiler.errors import InvalidProgram
 from attncompiler.ir.expr import AXES, Dot, Expr, Kind, Read, Uniform, axes_of, dots_of, reads_of, walk
-from attncompiler.ir.program import Attention, kind_of
+from attncompiler.ir.program import Attention, Origin, kind_of
 
 
-@dataclass(frozen=True, slots=True)
-class Invariant:
-    """A sentence that holds for every valid program, and its check."""
+class Node(Protocol):
+    """What can be verified: a program or a phase of one, with the user's line."""
 
-    sentence: str
-    holds: Callable[[Attention], bool]
-
-
-INVARIANTS: list[Invariant] = []
+    @property
+    def origin(self) -> Origin: ...
 
 
-def invariant(sentence: str) -> Callable[[Callable[[Attention], bool]], Callable[[Attention], bool]]:
-    """Register a check under the sentence that it decides."""
+Check = TypeVar("Check", bound=Callable[[Any], bool])
+Verified = TypeVar("Verified", bound=Node)
+INVARIANTS: dict[type, list[tuple[str, Callable[[Any], bool]]]] = {}
 
-    def register(check: Callable[[Attention], bool]) -> Callable[[Attention], bool]:
-        INVARIANTS.append(Invariant(sentence, check))
+
+def invariant(node: type, sentence: str) -> Callable[[Check], Check]:
+    """Register a check under the sentence that it decides, which holds for every valid `node`."""
+
+    def register(check: Check) -> Check:
+        INVARIANTS.setdefault(node, []).append((sentence, check))
         return check
 
     return register
 
 
-def verify(program: Attention) -> Attention:
+def verify(program: Verified) -> Verified:
     """`program` itself. Raises: InvalidProgram naming the first invariant that it breaks."""
-    for rule in INVARIANTS:
-        if not rule.holds(program):
-            raise InvalidProgram(f"this program breaks an invariant: {rule.sentence}", where=program.origin.line)
+    for sentence, holds in INVARIANTS[type(program)]:
+        if not holds(program):
+            raise InvalidProgram(f"this program breaks an invariant: {sentence}", where=program.origin.line)
     return program
 
 
@@ -43,19 +47,19 @@ def _roots(program: Attention) -> tuple[Expr, ...]:
     return program.expressions
 
 
-@invariant("tensor names are distinct and are not names of axes or sizes")
+@invariant(Attention, "tensor names are distinct and are not names of axes or sizes")
 def distinct_names(program: Attention) -> bool:
     names = [decl.name for decl in program.tensors]
     return len(set(names)) == len(names) and not set(names) & ({axis.name for axis in AXES} | set(program.sizes))
 
 
-@invariant("every tensor that is read is declared, and every declared tensor is read")
+@invariant(Attention, "every tensor that is read is declared, and every declared tensor is read")
 def declared(program: Attention) -> bool:
     used = {read.tensor for root in _roots(program) for read in reads_of(root)}
     return used == {decl.name for decl in program.tensors}
 
 
-@invariant("an index has one entry for each dimension, one fewer where a vector is read")
+@invariant(Attention, "an index has one entry for each dimension, one fewer where a vector is read")
 def ranks(program: Attention) -> bool:
     decls = program.decls
     vectors = {program.sum}
@@ -67,7 +71,7 @@ def ranks(program: Attention) -> bool:
     )
 
 
-@invariant("a dot product has a left side over b, h, q_idx, a right side over b, h, kv_idx, and one size of vector")
+@invariant(Attention, "a dot product has a left side over b, h, q_idx, a right side over b, h, kv_idx, and one size of vector")
 def dot_sides(program: Attention) -> bool:
     decls = program.decls
     return all(
@@ -79,19 +83,19 @@ def dot_sides(program: Attention) -> bool:
     )
 
 
-@invariant("the value is a vector read over b, h, kv_idx")
+@invariant(Attention, "the value is a vector read over b, h, kv_idx")
 def value_axes(program: Attention) -> bool:
     return "q_idx" not in axes_of(program.sum)
 
 
-@invariant("keep is a predicate that reads no score")
+@invariant(Attention, "keep is a predicate that reads no score")
 def keep_is_a_predicate(program: Attention) -> bool:
     predicate = program.keep.predicate
     scores = (n for n in walk(predicate) if isinstance(n, Dot) or (isinstance(n, Uniform) and not n.at))
     return kind_of(predicate, program.decls) is Kind.BOOL and not any(scores)
 
 
-@invariant("a uniform number has a row that varies with q_idx and a column that varies with kv_idx, or none of these")
+@invariant(Attention, "a uniform number has a row that varies with q_idx and a column that varies with kv_idx, or none of these")
 def places_of_uniforms(program: Attention) -> bool:
     return all(
         len(node.at) in (0, 2)
@@ -103,18 +107,18 @@ def places_of_uniforms(program: Attention) -> bool:
     )
 
 
-@invariant("extra scores vary over b, h and q_idx only")
+@invariant(Attention, "extra scores vary over b, h and q_idx only")
 def extra_axes(program: Attention) -> bool:
     return all("kv_idx" not in axes_of(extra) for extra in program.weigh.extra)
 
 
-@invariant("score, extra scores and adjust are numbers")
+@invariant(Attention, "score, extra scores and adjust are numbers")
 def numbers(program: Attention) -> bool:
     kinds = [kind_of(expr, program.decls) for expr in (program.score, program.adjust, *program.weigh.extra)]
     return Kind.BOOL not in kinds
 
 
-@invariant("indices are integers")
+@invariant(Attention, "indices are integers")
 def integer_indices(program: Attention) -> bool:
     return all(
         kind_of(entry, program.decls) is Kind.INT
@@ -122,4 +126,16 @@ def integer_indices(program: Attention) -> bool:
         for read in walk(root)
         if isinstance(read, Read)
         for entry in read.index
+    )
+
+
+@invariant(Attention, "route is a predicate and a number over b, h and q_idx, and reads no score")
+def route_axes(program: Attention) -> bool:
+    route = program.route
+    scores = (n for expr in (route.active, route.gain) for n in walk(expr) if isinstance(n, Dot | Uniform))
+    return (
+        kind_of(route.active, program.decls) is Kind.BOOL
+        and kind_of(route.gain, program.decls) is not Kind.BOOL
+        and "kv_idx" not in axes_of(route.active) | axes_of(route.gain)
+        and not any(scores)
     )

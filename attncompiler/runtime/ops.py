@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attncompiler.codegen.lowerable import parse_lowerable
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Dtype
-from attncompiler.ir.text import parse
 from attncompiler.runtime.lowering import backward, forward
 
 _LIBRARY = torch.library.Library("attncompiler", "DEF")
@@ -46,7 +46,7 @@ def attention_forward(
     operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp, below autograd. In memory O is [b, q_idx, h, Dv], or [b, h, q_idx, Dv] with `heads_first`."""
-    parsed = parse(program)
+    parsed = parse_lowerable(program)
     return forward(parsed, *_bind(parsed, operands, sizes), heads_first)
 
 
@@ -63,7 +63,7 @@ def attention_backward(
     wanted: Sequence[int],
 ) -> list[Tensor]:
     """Gradients of the operands whose places are in `wanted`, in that order."""
-    parsed = parse(program)
+    parsed = parse_lowerable(program)
     tensors, numbers = _bind(parsed, operands, sizes)
     names = [parsed.tensors[place].name for place in wanted]
     found = backward(parsed, tensors, numbers, o, lse, rcp, grad_o, grad_lse, frozenset(names))
@@ -74,7 +74,7 @@ def attention_backward(
 def _attention_fake(
     operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = parse(program)
+    parsed = parse_lowerable(program)
     tensors, numbers = _bind(parsed, operands, sizes)
     extents = extents_of(parsed, numbers)
     value = tensors[parsed.sum.tensor]
@@ -118,7 +118,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *operands, o, lse, rcp = ctx.saved_tensors
-        program = parse(ctx.program)
+        program = parse_lowerable(ctx.program)
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o
         needed = ctx.needs_input_grad[3:]
         wanted = [i for i, decl in enumerate(program.tensors) if needed[i] and decl.name in program.differentiable]

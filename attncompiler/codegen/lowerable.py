@@ -1,0 +1,53 @@
+"""What the lowerings can take: of all that the language says, one attention without a route. The rest is refused here."""
+
+from __future__ import annotations
+
+import functools
+
+from attncompiler.errors import UnsupportedProgram
+from attncompiler.ir.expr import Kind
+from attncompiler.ir.phase_text import parse_program
+from attncompiler.ir.phases import Phase, Program
+from attncompiler.ir.program import Attention, Route
+from attncompiler.ir.state import State
+from attncompiler.ir.tables import Tables
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_lowerable(text: str) -> Attention:
+    """The attention that a program's text says. Raises: ParseError; UnsupportedProgram as `lowerable` does."""
+    return lowerable(parse_program(text))
+
+
+def lowerable(program: Program | Attention) -> Attention:
+    """The attention that a program is. Raises: UnsupportedProgram, naming the first clause that has no kernel."""
+    phases = program.phases if isinstance(program, Program) else (Phase(program, ()),)
+    for phase in phases:
+        what = _not_there(phase)
+        if what:
+            raise UnsupportedProgram(
+                f"{what} has no kernel yet",
+                where=phase.work.origin.line or program.origin.line,
+                why="it is part of the language, with a meaning (ir.interpret_program), but no lowering computes it",
+                do="compute it in plain PyTorch around the attention: what it gives is an operand like any other",
+            )
+    work = phases[-1].work
+    if len(phases) > 1 or not isinstance(work, Attention):
+        raise UnsupportedProgram(
+            "an attention that reads the result of another has no kernel yet",
+            where=program.origin.line,
+            why="a lowering computes one attention at a time",
+            do="call the attentions one after another",
+        )
+    return work
+
+
+def _not_there(phase: Phase) -> str:
+    """What no lowering computes, in the words of someone who wrote the attention; "" if there is nothing."""
+    work = phase.work
+    if isinstance(work, Tables):
+        numbers = all(work.decls[table.name].dtype.kind is Kind.FLOAT for table in work.tables)
+        return "a sum beside an attention (tables)" if numbers else "a choice of keys made from the data (select)"
+    if isinstance(work, State):
+        return "linear attention (state)"
+    return "attention whose heads are switched or scaled for each query (route)" if work.route != Route() else ""
