@@ -60,9 +60,9 @@ class AxisTiles:
 
 @functools.lru_cache(maxsize=1 << 14)
 def axis_tiles(demand: Expr, length: int, row: int, column: int, on_lattice: bool) -> AxisTiles | None:
-    """Of a demand on the coordinates of an axis, in tiles of `row` queries and `column` keys. None where a query meets more than one
-    run of keys."""
-    boxes = axis_boxes(demand, length, row)
+    """Of a demand on the coordinates of an axis, in tiles of `row` queries and `column` keys. None where a query meets more than
+    one run of keys."""
+    boxes = along_axis(demand, length, row)
     if boxes is None:
         return None
     if on_lattice:
@@ -73,18 +73,19 @@ def axis_tiles(demand: Expr, length: int, row: int, column: int, on_lattice: boo
     return AxisTiles(boxes.start.numel(), int(count.sum()), int((last - first).sum()), int(count.max()))
 
 
-axis_boxes = functools.lru_cache(maxsize=4096)(along_axis)
+_LONGEST = 1 << 17  # tokens in a row that are looked at one by one
 
 
 def separable(predicate: Expr, tokens: int) -> GridRule | None:
     """The grid of a predicate that speaks of one axis at a time; tokens in a row are a grid of one axis. None for another
     predicate, and where a query sees more than one run of keys along an axis."""
     rule = grid_rule(predicate, tokens)
-    if rule is None and predicate != TRUE and not reads_of(predicate) and axes_of(predicate) <= {"q_idx", "kv_idx"}:
+    in_a_row = tokens <= _LONGEST and not reads_of(predicate) and axes_of(predicate) <= {"q_idx", "kv_idx"}
+    if rule is None and predicate != TRUE and in_a_row:
         rule = GridRule((tokens,), (predicate,), TRUE, TRUE)
     if rule is None or rule.across != TRUE or rule.rest != TRUE:
         return None
-    met = (axis_boxes(demand, length, 1) for demand, length in zip(rule.along, rule.lengths, strict=True))
+    met = (along_axis(demand, length, 1) for demand, length in zip(rule.along, rule.lengths, strict=True))
     return rule if all(axis is not None for axis in met) else None
 
 
@@ -95,7 +96,7 @@ def grid_rule_of(predicate: Expr, tokens: int) -> GridRule:
         raise OptionError(
             "the mask is no rule for each axis of a grid by itself",
             why="tiles are counted along one axis at a time",
-            do="give masks.grid or masks.halo alone; other masks are planned without --lattice and --strides",
+            do="give masks.grid or masks.halo alone; other masks have a plan, without --lattice and --strides",
         )
     return rule
 
@@ -109,10 +110,10 @@ def grid_counts(rule: GridRule, rows: Sides, columns: Sides, on_lattice: bool) -
 
 def kept_in_grid(rule: GridRule) -> int:
     """How many pairs a separable rule keeps."""
-    met = (axis_boxes(demand, length, 1) for demand, length in zip(rule.along, rule.lengths, strict=True))
+    met = (along_axis(demand, length, 1) for demand, length in zip(rule.along, rule.lengths, strict=True))
     return math.prod(int((axis.stop - axis.start).sum()) if axis is not None else 0 for axis in met)
 
 
-def shapes_of(rule: GridRule, rows: int, columns: int) -> list[tuple[Sides, Sides]]:
-    """The pairs of boxes of `rows` queries and `columns` keys whose sides are powers of two."""
-    return [(r, c) for r in box_shapes(rows, rule.lengths) for c in box_shapes(columns, rule.lengths)]
+def shapes_of(lengths: Sides, rows: int, columns: int) -> list[tuple[Sides, Sides]]:
+    """The pairs of boxes of `rows` queries and `columns` keys in a grid whose sides are powers of two."""
+    return [(r, c) for r in box_shapes(rows, lengths) for c in box_shapes(columns, lengths)]

@@ -61,13 +61,29 @@ def speed_of_light(
 def predicted_ms(counts: TileCounts, shape: tuple[int, int, int, int, int], target: Target, element: int = 2) -> float:
     """Of the forward: by arithmetic spread over the GPU, by the longest row on one multiprocessor, or by memory."""
     b, h, m, n, d = shape
-    work = counts.full + PARTIAL * counts.partial + ROW * counts.rows
+    work = tile_work(counts) + ROW * counts.rows
     longest = (counts.worst + ROW) * target.multiprocessors
     flops = 4.0 * counts.block_q * counts.block_kv * d * max(work, longest)
-    memory = element * b * h * d * 2.0 * (m + n) / target.bandwidth
+    keys = min(b * h * n, counts.visited * counts.block_kv)
+    memory = element * d * 2.0 * (b * h * m + keys) / target.bandwidth
     return 1e3 * max(flops / (target.flops(element) * EFFICIENCY), memory)
+
+
+def tile_work(counts: TileCounts) -> float:
+    """By what shapes of tiles of one size are compared: tiles, in those without a mask."""
+    return counts.full + PARTIAL * counts.partial
 
 
 def boxes_of(tiles: GridTiles) -> Boxes | None:
     """The shapes of tiles that are boxes of a grid."""
     return (tiles.rows, tiles.columns) if tiles else None
+
+
+def sides_text(sides: Sides) -> str:
+    """2x8x8"""
+    return "x".join(map(str, sides))
+
+
+def boxes_text(boxes: Boxes) -> str:
+    """2x8x8:2x8x8, queries first."""
+    return ":".join(map(sides_text, boxes))

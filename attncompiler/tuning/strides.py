@@ -10,15 +10,14 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from attncompiler.errors import OptionError
 from attncompiler.ir.expr import KV_IDX, Q_IDX, TRUE, Expr
-from attncompiler.passes.grid import PARTIAL, GridRule
+from attncompiler.passes.grid import PARTIAL, GridRule, along_axis
 from attncompiler.passes.mask_rules import neighbourhood
-from attncompiler.passes.tile_counts import AxisTiles, Sides, TileCounts, axis_boxes, axis_tiles, kept_in_grid, separable, shapes_of
+from attncompiler.passes.tile_counts import Sides, TileCounts, axis_tiles, kept_in_grid, separable, shapes_of
 from attncompiler.tuning.speed_of_light import Boxes
 
 
@@ -61,20 +60,20 @@ def neighbourhood_of(predicate: Expr, tokens: int) -> tuple[AxisWindow, ...] | N
 
 def _axis_window(demand: Expr, length: int) -> AxisWindow | None:
     """By comparing what every place meets with what it would by the rule."""
-    met = axis_boxes(demand, length, 1)
+    met = along_axis(demand, length, 1)
     assert met is not None
     begin, end = met.start[0], met.stop[0]
-    causal = demand != TRUE and torch.equal(end, torch.arange(1, len(end) + 1))
+    places = torch.arange(len(begin))
     window = int((end - begin).max())
-    if not 1 <= window * met.dilation <= length:
+    if window * met.dilation > length or bool(((places < begin) | (places >= end)).any()):  # a query always sees itself
         return None
-    moves = (begin[1:] != begin[:-1]).nonzero().squeeze(1)
-    widest = int((moves[1:] - moves[:-1]).max()) if moves.numel() > 1 else window
-    for stride in dict.fromkeys([1, min(widest, window), *range(1, window + 1)]):
-        guess = AxisWindow(length, window, stride, met.dilation, causal)
-        again = axis_boxes(guess.demand, length, 1)
-        if again is not None and again.dilation == met.dilation and torch.equal(again.start, met.start):
-            if torch.equal(again.stop, met.stop):
+    causal = demand != TRUE and torch.equal(end, places + 1)
+    moves = ((begin[1:] != begin[:-1]).nonzero().squeeze(1) + 1).tolist()  # windows move where a group begins
+    for stride in range(1, window + 1):
+        if math.gcd(*moves) % stride == 0:
+            guess = AxisWindow(length, window, stride, met.dilation, causal)
+            again = along_axis(guess.demand, length, 1)
+            if again is not None and torch.equal(again.start, met.start) and torch.equal(again.stop, met.stop):
                 return guess
     return None
 
@@ -94,48 +93,70 @@ class Stride:
         return self.counts.partial == 0
 
 
-def strides_of(
-    axes: Sequence[AxisWindow], shapes: Sequence[Boxes], on_lattice: bool, strides: Sequence[Sides] | None = None
-) -> list[Stride]:
-    """What each stride leaves to do, in that one of `shapes` that leaves least. `strides`: those of each axis to combine.
+def strides_of(axes: Sequence[AxisWindow], shapes: Sequence[Boxes], on_lattice: bool) -> list[Stride]:
+    """What each combination of the axes' strides leaves to do, in that one of `shapes` that leaves least.
 
-    Shapes: those of `shapes_of`, which kernels choose from by the same measure; or one that is given."""
-    choices = [axis.strides() for axis in axes] if strides is None else strides
-    found = []
+    Shapes: those of `shapes_of`, from which kernels choose by the same measure; or one that is given."""
     tables = [_AxisTable(axis, place, shapes, on_lattice) for place, axis in enumerate(axes)]
-    for stride in itertools.product(*choices):
-        along = [table.of(s) for table, s in zip(tables, stride, strict=True)]
-        visited, full = (math.prod((each[i] for each in along), start=torch.ones((), dtype=torch.int64)) for i in range(2))
+    found = []
+    for stride in itertools.product(*(axis.strides() for axis in axes)):
+        along = [table.of[s] for table, s in zip(tables, stride, strict=True)]
+        rows, visited, full, worst = (
+            functools.reduce(torch.mul, each) for each in zip(*(tiles for tiles, _ in along), strict=True)
+        )
         cost = full + PARTIAL * (visited - full)
-        boxes = shapes[int((cost == cost.min()).nonzero()[0])]
-        found.append(_stride(axes, stride, boxes, on_lattice))
+        best = int((cost == cost.min()).nonzero()[0])
+        queries, keys = shapes[best]
+        counts = TileCounts(math.prod(queries), math.prod(keys), *(int(each[best]) for each in (rows, visited, full, worst)))
+        found.append(Stride(stride, shapes[best], counts, math.prod(kept for _, kept in along)))
     return found
 
 
 class _AxisTable:
-    """Tiles visited and full along one axis in every shape, int64 [shapes], for one stride after the other."""
+    """One axis under one stride after the other."""
 
     def __init__(self, axis: AxisWindow, place: int, shapes: Sequence[Boxes], on_lattice: bool) -> None:
         self.axis, self.on_lattice = axis, on_lattice
         self.sides = [(rows[place], columns[place]) for rows, columns in shapes]
-        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.of = {stride: self._of(replace(axis, stride=stride).demand) for stride in axis.strides()}
 
-    def of(self, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if stride not in self.known:
-            demand = replace(self.axis, stride=stride).demand
-            tiles = {sides: _tiles(demand, self.axis.length, sides, self.on_lattice) for sides in set(self.sides)}
-            visited = torch.tensor([tiles[sides].visited for sides in self.sides])
-            self.known[stride] = visited, torch.tensor([tiles[sides].full for sides in self.sides])
-        return self.known[stride]
+    def _of(self, demand: Expr) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Rows, and tiles visited, full and of the worst row, in every shape, int64 [shapes] each; and how many pairs are kept."""
+        tiles = {sides: _tiles(demand, self.axis.length, sides, self.on_lattice) for sides in set(self.sides)}
+        listed = tuple(torch.tensor([tiles[sides] for sides in self.sides]).T)
+        return listed, kept_in_grid(GridRule((self.axis.length,), (demand,), TRUE, TRUE))
 
 
-def _tiles(demand: Expr, length: int, sides: tuple[int, int], on_lattice: bool) -> AxisTiles:
+def _tiles(demand: Expr, length: int, sides: tuple[int, int], on_lattice: bool) -> tuple[int, ...]:
     found = axis_tiles(demand, length, *sides, on_lattice)
     assert found is not None
-    return found
+    return astuple(found)
 
 
-def _stride(axes: Sequence[AxisWindow], stride: Sides, boxes: Boxes, on_lattice: bool) -> Stride:
-    strided = [replace(axis, stride=s) for axis, s in zip(axes, stride, strict=True)]
-    rule = GridRule(tuple(axis.length for axis in axes), tuple(axis.demand for axis in strided), TRUE, TRUE)
-    return Stride(stride, boxes, grid_counts(rule, *boxes, on_lattice), kept_in_grid(rule))
+def smallest_full(strides: Sequence[Stride]) -> tuple[Sides, ...]:
+    """The strides that leave no partial tile, without those that another one of them is nowhere above."""
+    full = [each.stride for each in strides if each.is_full]
+
+    def is_least(stride: Sides) -> bool:
+        return not any(other != stride and all(a <= b for a, b in zip(other, stride, strict=True)) for other in full)
+
+    return tuple(stride for stride in full if is_least(stride))
+
+
+@functools.lru_cache(maxsize=512)
+def full_strides(
+    predicate: Expr, tokens: int, rows: int, columns: int, on_lattice: bool = False, boxes: Boxes | None = None
+) -> tuple[Sides, ...]:
+    """The smallest strides with which no tile of `rows` queries and `columns` keys is partial, where kernels have their tiles or on
+    a fixed lattice, in the best shape for each stride or in `boxes`; () where the mask is no neighbourhood, or no stride does."""
+    axes = neighbourhood_of(predicate, tokens)
+    if axes is None or (len(axes) == 1 and axes[0].causal):  # the diagonal of a row of tokens
+        return ()
+    shapes, in_a_row = tilings(axes, rows, columns)
+    return smallest_full(strides_of(axes, [boxes] if boxes else shapes, on_lattice or in_a_row))
+
+
+def tilings(axes: Sequence[AxisWindow], rows: int, columns: int) -> tuple[list[Boxes], bool]:
+    """The shapes of tiles of so many queries and keys that kernels choose from, and whether these lie on a lattice, as those of
+    tokens in a row do."""
+    return shapes_of(tuple(axis.length for axis in axes), rows, columns), len(axes) == 1 and axes[0].dilation == 1
