@@ -26,6 +26,7 @@ from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
 from attncompiler.tuning.schedule import Schedule
+from attncompiler.tuning.strides import strides_text
 from attncompiler.tuning.target import TARGETS, Target
 
 
@@ -69,6 +70,9 @@ def _region(site: Site) -> Region:
     if fill is not None:
         why = f"where the mask puts {fill:g} a score may still count, so those pairs are computed"
         notes = (*notes, f"{why}; -inf or torch.finfo(dtype).min lets them be skipped")
+    if found.light is not None and found.light.partial_tiles and found.light.full_strides:
+        stride = strides_text(found.light.full_strides)
+        notes = (*notes, f"with a stride of {stride} no tile would be partial; `attncompiler plan --strides` has the others")
     reason = unsupported(program)
     if reason:
         notes = (*notes, f"no GPU kernel: {reason}")

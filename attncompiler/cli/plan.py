@@ -27,7 +27,7 @@ from attncompiler.passes.plan import TilePlan
 from attncompiler.passes.tile_counts import TileCounts, grid_counts, grid_rule_of, shapes_of
 from attncompiler.runtime.preview import preview
 from attncompiler.tuning.speed_of_light import Boxes, SpeedOfLight, boxes_of, boxes_text, sides_text, speed_of_light, tile_work
-from attncompiler.tuning.strides import full_strides
+from attncompiler.tuning.strides import full_strides, strides_text
 from attncompiler.tuning.target import Target, target_named
 
 _NAMES: dict[str, Callable[..., Mask]] = {name: getattr(masks, name) for name in masks.__all__ if name not in ("Mask", "where")}
@@ -168,16 +168,6 @@ def light_text(before: dict[str, Any], light: SpeedOfLight) -> str:
     rows["full_strides"] = strides_text(light.full_strides)
     lines = [(name.replace("_", " "), number_text(value)) for name, value in rows.items()]
     return tabulate(lines, tablefmt="plain", disable_numparse=True)
-
-
-_MOST_STRIDES = 4
-
-
-def strides_text(strides: tuple[tuple[int, ...], ...]) -> str:
-    """The first of them; "-" for none."""
-    ordered = sorted(strides, key=lambda stride: (max(stride), stride))
-    more = f" and {len(strides) - _MOST_STRIDES} more" if len(strides) > _MOST_STRIDES else ""
-    return ", ".join(map(sides_text, ordered[:_MOST_STRIDES])) + more or "-"
 
 
 def parse_mask(text: str) -> Mask:

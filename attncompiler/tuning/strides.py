@@ -18,7 +18,7 @@ from attncompiler.ir.expr import KV_IDX, Q_IDX, TRUE, Expr
 from attncompiler.passes.grid import PARTIAL, GridRule, along_axis
 from attncompiler.passes.mask_rules import neighbourhood
 from attncompiler.passes.tile_counts import Sides, TileCounts, axis_tiles, kept_in_grid, separable, shapes_of
-from attncompiler.tuning.speed_of_light import Boxes
+from attncompiler.tuning.speed_of_light import Boxes, sides_text
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,13 @@ def tilings(axes: Sequence[AxisWindow], rows: int, columns: int) -> tuple[list[B
     """The shapes of tiles of so many queries and keys that kernels choose from, and whether these lie on a lattice, as those of
     tokens in a row do."""
     return shapes_of(tuple(axis.length for axis in axes), rows, columns), len(axes) == 1 and axes[0].dilation == 1
+
+
+_MOST_NAMED = 4
+
+
+def strides_text(strides: Sequence[Sides]) -> str:
+    """The first of them; "-" for none."""
+    ordered = sorted(strides, key=lambda stride: (max(stride), stride))
+    more = f" and {len(strides) - _MOST_NAMED} more" if len(strides) > _MOST_NAMED else ""
+    return ", ".join(map(sides_text, ordered[:_MOST_NAMED])) + more or "-"

@@ -111,10 +111,10 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     grid = ["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64"]
     assert main([*grid, "--picture", "--svg", str(tmp_path / "grid.svg"), "--png", str(tmp_path / "grid.png")]) == 0
-    assert (tmp_path / "grid.svg").read_text().count("<rect") == 4 * 2
+    assert (tmp_path / "grid.svg").read_text().count("<rect") == 2 + 3 + 3 + 2  # box after box, each sees itself
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
-    assert "16,384" in text and "\u2592\u2592\u00b7\u00b7" in text and "tiles of 64 queries x 64 keys" in text
+    assert "16,384" in text and "\u00b7\u2588\u00b7\u00b7" in text and "in boxes of 8x8:8x8" in text
 
 
 @pytest.mark.parametrize(
