@@ -63,10 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
         axes = check_neighbourhood(mask, shape)
         lattice = light.boxes if arguments.lattice not in (None, _BEST) else None
         rows = stride_rows(axes, shape, light.tile, bool(arguments.lattice), lattice, target)
+    boxes = boxes_text(light.boxes) if light.boxes else ""
     if arguments.svg:
-        Path(arguments.svg).write_text(svg(found.drawn(), head=head))
+        Path(arguments.svg).write_text(svg(found.drawn(), head=head, boxes=boxes))
     if arguments.png:
-        Path(arguments.png).write_bytes(png(found.drawn(), head=head))
+        Path(arguments.png).write_bytes(png(found.drawn(), head=head, boxes=boxes))
     shown = {"mask": str(mask), "shape": list(shape), "target": arguments.target, "lattice": bool(arguments.lattice)}
     if arguments.json:
         strides = {"strides": [asdict(row) for row in rows]} if arguments.strides else {}
@@ -74,9 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(light_text({**shown, "build_ms": found.build_ms}, light))
         if arguments.picture:
-            print("\n" + picture(found.drawn(), head=head))
-            if light.boxes:
-                print(f"(in boxes of {boxes_text(light.boxes)}, queries:keys, box after box)")
+            print("\n" + picture(found.drawn(), head=head, boxes=boxes))
         if arguments.strides:
             print("\n" + stride_table(rows))
         if light.visited_tiles == 0:

@@ -26,7 +26,7 @@ from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, build_boxes, tiles_for
 from attncompiler.passes.tile_counts import TileCounts
-from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, speed_of_light
+from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, boxes_text, speed_of_light
 from attncompiler.tuning.strides import full_strides
 from attncompiler.tuning.target import TARGETS, Target, target_named
 from attncompiler.zoo import SYSTEMS, Example, Size, System, system_named
@@ -88,7 +88,7 @@ def _show(arguments: argparse.Namespace) -> int:
             "example": _example_text(example), "recognised": [to_text(program) for program in found.programs],
             "missed": [asdict(missed) for missed in found.missed],
             "programs": [to_text(call.program) for call in calls], "likeness": alike.name.lower(), "mask": mask,
-            "plans": [asdict(light) for _, light in plans], "pictures": [picture(plan) for plan, _ in plans],
+            "plans": [asdict(light) for _, light in plans], "pictures": [_picture(*planned) for planned in plans],
         }  # fmt: skip
         print(json.dumps(shown, indent=2))
     else:
@@ -105,7 +105,7 @@ def _show(arguments: argparse.Namespace) -> int:
             if alike is not Likeness.SAME:
                 _section("Declared program", to_text(call.program))
             _section("Mask", mask or _keep_text(call))
-            _section("Plan", f"{picture(plan)}\n\n{light_text({}, light)}")
+            _section("Plan", f"{_picture(plan, light)}\n\n{light_text({}, light)}")
     return 0 if alike is not Likeness.DIFFERENT and calls else 1
 
 
@@ -127,6 +127,10 @@ def _planned(call: Call, system: System, example: Example, target: Target) -> tu
     counts, shape = TileCounts.of(plan, b, h), (b, h, m, n, int(channels.value))
     light = speed_of_light(counts, kept, shape, target, boxes=boxes_of(tiles), full_strides=strides)
     return placed(plan, tiles) if tiles else plan, light
+
+
+def _picture(plan: TilePlan, light: SpeedOfLight) -> str:
+    return picture(plan, boxes=boxes_text(light.boxes) if light.boxes else "")
 
 
 def _run(arguments: argparse.Namespace) -> int:

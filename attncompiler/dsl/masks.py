@@ -44,6 +44,7 @@ from attncompiler.passes.grid import ROWS, GridTiles, choose_tiles
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, count_kept, plan_boxes, plan_predicate
 from attncompiler.passes.site import DTYPES
+from attncompiler.tuning.speed_of_light import boxes_text
 
 _MOST_PAIRS = 1 << 26
 _MOST_LOOKED_AT = 1 << 22  # pairs, for a warning
@@ -129,22 +130,28 @@ class Mask(ABC):
 
     def show(self, b: int, h: int, m: int, n: int, columns: int = 64, *, batch: int | None = None, head: int | None = None) -> str:
         """A picture in text: queries downwards, keys to the right; of all batches and heads that differ, or of those given."""
-        return picture(self._drawn(b, h, m, n, batch, head), columns, batch, head)
+        plan, boxes = self._drawn(b, h, m, n, batch, head)
+        return picture(plan, columns, batch, head, boxes)
 
     def svg(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> str:
         """The same picture as SVG."""
-        return svg(self._drawn(b, h, m, n, batch, head), True, batch, head)
+        plan, boxes = self._drawn(b, h, m, n, batch, head)
+        return svg(plan, True, batch, head, boxes)
 
     def png(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> bytes:
         """The same picture as PNG: what to write into a file."""
-        return png(self._drawn(b, h, m, n, batch, head), batch, head)
+        plan, boxes = self._drawn(b, h, m, n, batch, head)
+        return png(plan, batch, head, boxes)
 
-    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> TilePlan:
+    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> tuple[TilePlan, str]:
+        """The plan, and the shapes of its boxes."""
         for what, number, count in (("batch", batch, b), ("head", head, h)):
             if number is not None and not 0 <= number < count:
                 raise OptionError(f"there is no {what} {number} to draw", do=f"give one from 0 to {count - 1}")
         tiles = self.tiles(b, h, m, n)
-        return placed(self.plan_in(tiles, b, h, m, n), tiles) if tiles else self.plan(b, h, m, n)
+        if not tiles:
+            return self.plan(b, h, m, n), ""
+        return placed(self.plan_in(tiles, b, h, m, n), tiles), boxes_text((tiles.rows, tiles.columns))
 
     def same_as(self, other: Mask, b: int, h: int, m: int, n: int) -> bool | None:
         """Whether both keep the same pairs at these sizes; None where neither the rules nor a look at every pair can tell."""
