@@ -112,13 +112,9 @@ def outline(operand: Operand) -> Tensor:
     traced = operand.node.meta["val"]
     shape, strides = ([hinted(size) for size in sizes] for sizes in (traced.shape, traced.stride()))
     offset = hinted(traced.storage_offset())
-    span = offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    span = offset + 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
     memory = torch.empty(span, dtype=traced.dtype, device="meta")
-    shown = (
-        memory.as_strided(shape, strides, offset)
-        if min(shape, default=1)
-        else torch.empty(shape, dtype=traced.dtype, device="meta")
-    )
+    shown = memory.as_strided(shape, strides, offset)
     if operand.channel_place is not None:
         shown = shown.movedim(operand.channel_place, -1)
     return shown if operand.dtype is None else shown.to(operand.dtype)
@@ -130,4 +126,5 @@ def hinted_sizes(site: Site) -> Mapping[str, int]:
 
 
 def hinted(size: Extent) -> int:
+    """A size, or the one that a symbolic size was traced with."""
     return size if isinstance(size, int) else int(size.node.hint)

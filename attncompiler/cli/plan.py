@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def _planned(mask: Mask, shape: Shape, target: Target, arguments: argparse.Names
     tile = _numbers(arguments.tile, "--tile", (2,), "QUERIES,KEYS") if arguments.tile else None
     _warm_up()
     if arguments.lattice:
-        return _on_lattice(mask, shape, target, arguments.lattice, tile or (128, 128), kept)
+        return _on_lattice(mask, shape, target, arguments.lattice, tile, kept)
     if tile or arguments.row_major:
         return _in_tiles(mask, shape, target, tile or (128, 128), arguments.row_major, kept)
     return _as_run(mask, shape, target, kept)
@@ -127,18 +128,21 @@ def _in_tiles(mask: Mask, shape: Shape, target: Target, tile: tuple[int, ...], r
     return _Planned(light, lambda: placed(plan, tiles) if tiles else plan, build_ms)
 
 
-def _on_lattice(mask: Mask, shape: Shape, target: Target, text: str, tile: tuple[int, ...], kept: int | None) -> _Planned:
+def _on_lattice(mask: Mask, shape: Shape, target: Target, text: str, tile: tuple[int, ...] | None, kept: int | None) -> _Planned:
     b, h, m, n, _ = shape
     if m != n:
         raise OptionError(f"--lattice is of a grid of queries and keys, not of {m} queries and {n} keys")
     start = time.perf_counter()
     predicate = mask.predicate(b, h, m, n)
     rule = grid_rule_of(predicate, m)
-    shapes = shapes_of(rule.lengths, *tile) if text == _BEST else [_boxes(text, len(rule.lengths))]
+    shapes = shapes_of(rule.lengths, *(tile or (128, 128))) if text == _BEST else [_boxes(text, len(rule.lengths))]
+    sizes = tuple(map(math.prod, shapes[0]))
+    if tile and sizes != tile:
+        raise OptionError(f"--lattice {text} has tiles of {sizes[0]} x {sizes[1]} tokens, --tile says {tile[0]} x {tile[1]}")
     counted = {boxes: grid_counts(rule, *boxes, on_lattice=True) for boxes in shapes}
     boxes = min(shapes, key=lambda each: tile_work(counted[each]))
     build_ms = 1e3 * (time.perf_counter() - start)
-    strides = full_strides(predicate, m, *tile, on_lattice=True, boxes=None if text == _BEST else boxes)
+    strides = full_strides(predicate, m, *sizes, on_lattice=True, boxes=None if text == _BEST else boxes)
     light = speed_of_light(counted[boxes].times(b * h), kept, shape, target, boxes=boxes, full_strides=strides)
     return _Planned(light, lambda: lattice_plan(rule, *boxes), build_ms)
 

@@ -156,7 +156,7 @@ class TilePlan:
 
 def _ranges(wanted: Tensor) -> TileRanges:
     """Runs of True along the last axis, without waiting for the device: at most every other tile begins one."""
-    rows = wanted.reshape(-1, wanted.shape[-1])
+    rows = wanted.flatten(0, -2)
     tiles = rows.shape[1]
     edge = torch.zeros(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
     starts = rows & ~torch.cat([edge, rows[:, :-1]], 1)

@@ -131,6 +131,7 @@ def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_
         (["disc((8, 8), 3)", "--lattice", "4x4"], "no rule for each axis of a grid"),
         (["grid((8, 8), 3)", "--lattice", "4x4x4"], "is not a tile of queries and one of keys in 2 axes"),
         (["grid((8, 8), 3)", "--lattice", "4x4:0x4"], "is not a tile of queries and one of keys in 2 axes"),
+        (["grid((8, 8), 3)", "--lattice", "4x4", "--tile", "16,32"], "--lattice 4x4 has tiles of 16 x 16 tokens"),
         (["halo((8, 8), 2, 1)", "--strides"], "is no neighbourhood of a grid"),
         (["grid((8, 8), 3)", "--strides", "--row-major"], "--row-major has no boxes"),
     ],

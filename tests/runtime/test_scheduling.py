@@ -108,3 +108,12 @@ def test_a_stride_is_proposed() -> None:
     (region,) = attncompiler.explain(attend, *[_of(1, 2, 1024)] * 3).regions
     assert region.speed_of_light is not None and (8, 16) in region.speed_of_light.full_strides
     assert any(note.startswith("with a stride of 8x16, 16x8") for note in region.notes)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 0), (0, 64), (64, 0)])
+def test_nothing_to_attend_to_has_no_speed(m: int, n: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    explanation = attncompiler.explain(attend, _of(1, 2, m), _of(1, 2, n), _of(1, 2, n))
+    assert all(region.speed_of_light is None for region in explanation.regions) and str(explanation)
