@@ -7,26 +7,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from attncompiler.backend import compile_or_leave
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
-from attncompiler.ir.expr import TRUE, Const, conj, conjuncts, reads_of
-from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention, Keep
+from attncompiler.ir.expr import TRUE
+from attncompiler.ir.program import Attention
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.lift_mask import weak_mask
-from attncompiler.passes.plan import TilePlan, build_plan
+from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
+from attncompiler.passes.sizes import Extent
 from attncompiler.runtime.lowering import unsupported
+from attncompiler.runtime.prepared import target_of
+from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
-from attncompiler.tuning.schedule import choose_schedule
-from attncompiler.tuning.speed_of_light import speed_of_light
+from attncompiler.tuning.schedule import Schedule
+from attncompiler.tuning.strides import strides_text
 from attncompiler.tuning.target import TARGETS, Target
-
-TILE_Q, TILE_KV = 128, 64  # tiles that densities and pictures are counted in
 
 
 def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -63,51 +64,67 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
 def _region(site: Site) -> Region:
     program = site.program
     predicate = program.keep.predicate
-    density, notes = plan_of(program, hinted_sizes(site))
-    notes = (*notes, *map(str, site.recovered))
+    found = preview_site(site)
+    notes = (*found.notes, *map(str, site.recovered))
     fill = weak_mask(program.score)
     if fill is not None:
         why = f"where the mask puts {fill:g} a score may still count, so those pairs are computed"
         notes = (*notes, f"{why}; -inf or torch.finfo(dtype).min lets them be skipped")
+    if found.light is not None and found.light.partial_tiles and found.light.full_strides:
+        stride = strides_text(found.light.full_strides)
+        notes = (*notes, f"with a stride of {stride} no tile would be partial; `attncompiler plan --strides` has the others")
     reason = unsupported(program)
     if reason:
         notes = (*notes, f"no GPU kernel: {reason}")
-    sizes = hinted_sizes(site)
-    value = program.value.shape[-1]
-    channels = int(value.value) if isinstance(value, Const) else 64
-    extents = extents_of(program, sizes)
-    shape = extents["b"], extents["h"], extents["q_idx"], extents["kv_idx"], channels
     return Region(
         family="softmax",
         ir=to_text(program),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
-        density=density.density,
+        density=found.plan.density,
         template="portable" if reason else "softmax (Triton); portable without a GPU",
         source_location=program.origin.line,
-        kernels={} if reason else {"attention": kernel_source(program)},
+        kernels={} if reason else {"attention": kernel_source(program, found.schedule)},
         notes=notes,
-        speed_of_light=speed_of_light(density, None, shape, TARGETS["sm_90"]) if min(shape) > 0 else None,
+        speed_of_light=found.light,
     )
 
 
-def kernel_source(program: Attention, target: Target = TARGETS["sm_90"]) -> str:
-    """The generated file of a program for a target, forward and backward. Raises: UnsupportedProgram."""
-    layout = Layout(static_groups(program), frozenset(program.differentiable))
-    return emit(program, choose_schedule(program, target, target.descriptors), layout)
+def kernel_source(program: Attention, schedule: Schedule) -> str:
+    """The generated file of a program, forward and backward. Raises: UnsupportedProgram."""
+    return emit(program, schedule, Layout(static_groups(program), frozenset(program.differentiable)))
 
 
-def plan_of(program: Attention, sizes: Mapping[str, int]) -> tuple[TilePlan, tuple[str, ...]]:
-    """The tile plan at given sizes. Parts of the mask that read tensors count as kept: then the density is an upper bound, and a
-    note says so."""
-    parts = conjuncts(program.keep.predicate)
-    static = [part for part in parts if not reads_of(part)]
-    names = sorted({read.tensor for part in parts for read in reads_of(part)})
-    bounded = replace(program, keep=Keep(conj(*static), program.keep.empty))
-    plan = build_plan(bounded, {program.sum.tensor: torch.empty(0)}, sizes, TILE_Q, TILE_KV)
-    notes = (f"at most: what {', '.join(names)} skips is found at run time",) if names else ()
-    return plan, notes
+def preview_site(site: Site, target: Target | None = None) -> Preview:
+    """What runs of a site at the inputs that it was traced with. `target`: by default the GPU that the operands are on, else an
+    H100."""
+    operands = dict(zip((decl.name for decl in site.program.tensors), map(outline, site.operands), strict=True))
+    device = site.operands[0].node.meta["val"].device
+    chosen = target or (target_of(device) if device.type == "cuda" else TARGETS["sm_90"])
+    return preview(site.program, hinted_sizes(site), operands, chosen)
+
+
+def outline(operand: Operand) -> Tensor:
+    """An operand of a site without its values: shape, strides and offset, on the meta device."""
+    if operand.is_seed:
+        return torch.empty(1, dtype=torch.int64, device="meta")
+    if operand.table is not None:
+        return operand.table.to("meta")
+    traced = operand.node.meta["val"]
+    shape, strides = ([hinted(size) for size in sizes] for sizes in (traced.shape, traced.stride()))
+    offset = hinted(traced.storage_offset())
+    span = offset + 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = torch.empty(span, dtype=traced.dtype, device="meta")
+    shown = memory.as_strided(shape, strides, offset)
+    if operand.channel_place is not None:
+        shown = shown.movedim(operand.channel_place, -1)
+    return shown if operand.dtype is None else shown.to(operand.dtype)
 
 
 def hinted_sizes(site: Site) -> Mapping[str, int]:
     """The run-time integers of a site at the inputs that it was traced with."""
-    return {name: size if isinstance(size, int) else int(size.node.hint) for name, size in site.sizes.items()}
+    return {name: hinted(size) for name, size in site.sizes.items()}
+
+
+def hinted(size: Extent) -> int:
+    """A size, or the one that a symbolic size was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)

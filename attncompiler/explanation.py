@@ -15,8 +15,8 @@ class Region:
     """One attention that was taken: a score-to-sum site of the user's code.
 
     `ir` is the program's text, `mask` its keep clause ("all pairs" if it drops none), `density` the share of (query, key) tiles
-    that the plan visits, `template` the lowering, `kernels` the generated sources by name, `speed_of_light` what the mask can be
-    worth on an H100 (tiles only: pairs are counted by `attncompiler plan`).
+    that the forward kernel visits, `template` the lowering, `kernels` the generated sources by name, `speed_of_light` what the mask
+    can be worth, in the tiles of that kernel, on the GPU that the operands are on, else on an H100.
     """
 
     family: str
@@ -52,10 +52,12 @@ class Explanation:
         parts = []
         if self.regions:
             rows = [
-                (i, r.source_location, r.family, r.mask, f"{100 * r.density:.3g} %", r.template) for i, r in enumerate(self.regions)
+                (i, r.source_location, r.family, r.mask, f"{100 * r.density:.3g} %", _milliseconds(r.speed_of_light), r.template)
+                for i, r in enumerate(self.regions)
             ]
-            headers = ("#", "where", "family", "mask", "tiles visited", "lowering")
-            parts.append(tabulate(rows, headers=headers, maxcolwidths=[None, 40, None, 60, None, 30]))
+            headers = ("#", "where", "family", "mask", "tiles visited", "predicted ms", "lowering")
+            widths = [None, 40, None, 60, None, None, 30]
+            parts.append(tabulate(rows, headers=headers, maxcolwidths=widths, disable_numparse=True))
         notes: dict[str, list[str]] = {}
         for i, region in enumerate(self.regions):
             for note in region.notes:
@@ -87,3 +89,7 @@ class Explanation:
             "graphs": self.graphs,
             "graph_breaks": list(self.graph_breaks),
         }  # fmt: skip
+
+
+def _milliseconds(light: SpeedOfLight | None) -> str:
+    return "-" if light is None else f"{light.predicted_ms:.2g}"

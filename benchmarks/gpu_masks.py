@@ -22,8 +22,9 @@ from torch import Tensor
 from attncompiler import masks
 from attncompiler.dsl.attention import declare
 from attncompiler.ir import Attention
+from attncompiler.passes.tile_counts import TileCounts
 from attncompiler.runtime import prepared, triton_launch
-from attncompiler.tuning.speed_of_light import speed_of_light
+from attncompiler.tuning.speed_of_light import predicted_ms
 from attncompiler.tuning.target import TARGETS
 
 
@@ -146,7 +147,7 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None) -> str:
     ms = {name: statistics.median(times) for name, times in timed.items()}
     kept = case.mask.kept_pairs(1, h, n, n)
     assert kept is not None
-    predicted = _predicted(program, made, kept)
+    predicted = _predicted(program, made)
 
     def rate(name: str, forwards: float) -> str:
         return f"{ms[name]:.3f} ({forwards * 4 * kept * d / ms[name] / 1e9:.0f})" if name in ms else ""
@@ -160,11 +161,11 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _predicted(program: Attention, made: dict[str, Tensor], kept: int) -> float:
+def _predicted(program: Attention, made: dict[str, Tensor]) -> float:
     """The forward time that `attncompiler plan` predicts, of the plan that the kernel ran."""
     plan = prepared.prepare(program, made, {})._planners["attention_forward"]._rows(program, made)
     (b, h, m, d), n = made["q"].shape, made["k"].shape[2]
-    return speed_of_light(plan, kept, (b, h, m, n, d), TARGETS["sm_90"]).predicted_ms
+    return predicted_ms(TileCounts.of(plan, b, h), (b, h, m, n, d), TARGETS["sm_90"])
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from attncompiler.ir import Attention, interpret, parse, verify
 from attncompiler.ir.text import to_line
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
-from attncompiler.runtime import prepared, triton_launch
+from attncompiler.runtime import prepared, scheduling, triton_launch
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
 
@@ -244,7 +244,7 @@ def _time_part(case: Case, made: dict[str, Tensor], schedule: Schedule, part: st
 
     wanted = {"forward": frozenset[str](), "backward_queries": frozenset("q"), "backward_keys": frozenset("kv")}[part]
     prepared._PREPARED.clear()
-    with mock.patch.object(prepared, "choose_schedule", lambda *_, **__: schedule):
+    with mock.patch.object(scheduling, "choose_schedule", lambda *_, **__: schedule):
         o, lse, rcp = triton_launch.forward(case.ours, made, {})
         if part == "forward":
             return milliseconds(lambda: triton_launch.forward(case.ours, made, {}))

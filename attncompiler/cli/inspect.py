@@ -16,22 +16,22 @@ from attncompiler.cli.subject import load
 from attncompiler.codegen.cross_compile import cross_compile, kernels_of
 from attncompiler.codegen.emission import Layout
 from attncompiler.errors import OptionError
-from attncompiler.explain import hinted_sizes, kernel_source, plan_of, trace
+from attncompiler.explain import kernel_source, preview_site, trace
 from attncompiler.ir.program import Attention
 from attncompiler.ir.text import to_text
-from attncompiler.passes.plan import TilePlan
 from attncompiler.runtime.lowering import unsupported
+from attncompiler.runtime.preview import Preview
 from attncompiler.runtime.triton_launch import static_groups
-from attncompiler.tuning.schedule import Schedule, choose_schedule
-from attncompiler.tuning.target import Target, target_named
+from attncompiler.tuning.schedule import Schedule
+from attncompiler.tuning.target import target_named
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """One region: its program, plan and generated source ("" where it has no GPU kernel, with the reason)."""
+    """One region: its program, what runs of it, and the generated source ("" where it has no GPU kernel, with the reason)."""
 
     program: Attention
-    plan: TilePlan
+    preview: Preview
     source: str
     reason: str
 
@@ -43,10 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     regions = []
     for site in sites:
         reason = unsupported(site.program)
-        plan, _ = plan_of(site.program, hinted_sizes(site))
-        regions.append(
-            Inspected(site.program, plan, "" if reason else kernel_source(site.program, target_named(arguments.target)), reason)
-        )
+        shown = preview_site(site, target_named(arguments.target))
+        source = "" if reason else kernel_source(site.program, shown.schedule)
+        regions.append(Inspected(site.program, shown, source, reason))
     if not regions:
         print("No attention found; `attncompiler explain` says why.", file=sys.stderr)
         return 1
@@ -74,12 +73,12 @@ def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]
     """The views that need machine code: list, resources, ptx, sass."""
     rows, texts = [], []
     target = target_named(arguments.target)
-    wanted = [(number, region, name) for number, region in chosen for name in _kernel_names(region, target)]
+    wanted = [(number, region, name) for number, region in chosen for name in _kernel_names(region)]
     for number, region, name in steps(wanted, f"compiling for {target.name}"):
         if region.reason:
             rows.append([number, region.program.origin.line, f"none: {region.reason}"] + [""] * 5)
             continue
-        (kernel,) = cross_compile(region.program, *_chosen(region.program, target), target, [name])
+        (kernel,) = cross_compile(region.program, *_chosen(region), target, [name])
         rows.append([number, region.program.origin.line, kernel.name, target.name, kernel.registers or "?", kernel.spills,
                      kernel.shared, "yes" if kernel.fits else "NO"])  # fmt: skip
         texts.append(kernel.assembly if arguments.show == "ptx" else kernel.sass() if arguments.show == "sass" else "")
@@ -92,10 +91,9 @@ def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]
         print(tabulate(rows, headers=headers))
 
 
-def _kernel_names(region: Inspected, target: Target) -> list[str]:
-    return [""] if region.reason else list(kernels_of(region.program, *_chosen(region.program, target)))
+def _kernel_names(region: Inspected) -> list[str]:
+    return [""] if region.reason else list(kernels_of(region.program, *_chosen(region)))
 
 
-def _chosen(program: Attention, target: Target) -> tuple[Schedule, Layout]:
-    layout = Layout(static_groups(program), frozenset(program.differentiable))
-    return choose_schedule(program, target, target.descriptors), layout
+def _chosen(region: Inspected) -> tuple[Schedule, Layout]:
+    return region.preview.schedule, Layout(static_groups(region.program), frozenset(region.program.differentiable))

@@ -57,9 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     cost = command("plan", "say what a mask keeps and costs at a shape, without running it", False)
     cost.add_argument("mask", help='an expression of attncompiler.masks, e.g. "causal & window(1024)"')
     cost.add_argument("--shape", required=True, metavar="B,H,N,D", help="or B,H,M,N,D: batch, heads, queries, keys, channels")
-    cost.add_argument("--tile", default="128,128", metavar="QUERIES,KEYS", help="tile size (default 128,128)")
+    cost.add_argument(
+        "--tile", metavar="QUERIES,KEYS", help="tile size (default: that of the kernel for bf16 tensors of this shape)"
+    )
     cost.add_argument("--target", choices=list(TARGETS), default="sm_90", help="GPU to predict for")
     cost.add_argument("--row-major", action="store_true", help="tiles of a grid as runs of tokens, not boxes")
+    lattice = "grids: tiles on a fixed lattice, as NATTEN's, e.g. 2x8x8:2x8x8 (queries:keys); alone: of the best shape"
+    cost.add_argument("--lattice", nargs="?", const="best", metavar="TILES", help=lattice)
+    cost.add_argument("--strides", action="store_true", help="grids: a table of strides, and which make every tile full")
     cost.add_argument("--picture", action="store_true", help="draw the tiles")
     cost.add_argument("--svg", metavar="FILE", help="write the picture as SVG")
     cost.add_argument("--png", metavar="FILE", help="write the picture as PNG")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from attncompiler.dsl.pictures import COLOURS, svg
 from attncompiler.ir.text import to_text
-from attncompiler.passes.plan import Coverage, TilePlan
+from attncompiler.passes.plan import Coverage
+from attncompiler.runtime.preview import Preview
+from attncompiler.tuning.speed_of_light import boxes_text
 
 if TYPE_CHECKING:
     from attncompiler.cli.inspect import Inspected
@@ -35,13 +37,16 @@ def page(name: str, regions: Sequence[Inspected]) -> str:
         source = html.escape(region.source) if region.source else f"no GPU kernel: {html.escape(region.reason)}"
         parts.append(
             f"<h2>Region {number}, {line}</h2><div class='region'><div><pre>{html.escape(to_text(region.program))}</pre>"
-            f"{svg(region.plan, alone=False)}{_legend(region.plan)}</div><pre>{source}</pre></div>"
+            f"{svg(region.preview.drawn, alone=False)}{_legend(region.preview)}</div><pre>{source}</pre></div>"
         )
     return "\n".join(parts)
 
 
-def _legend(plan: TilePlan) -> str:
+def _legend(preview: Preview) -> str:
     names = {Coverage.FULL: "full", Coverage.PARTIAL: "partial", Coverage.EMPTY: "empty (skipped)"}
     keys = "".join(f"<span style='background:{COLOURS[c]}'></span>{text}" for c, text in names.items())
-    size = f"{plan.block_q} queries by {plan.block_kv} keys a tile; {100 * plan.density:.3g} % visited"
-    return f"<p class='legend'>{keys}</p><p>{size}</p>"
+    plan, light = preview.plan, preview.light
+    size = f"{plan.block_q} queries by {plan.block_kv} keys a tile"
+    if light is not None and light.boxes:
+        size += f", boxes of {boxes_text(light.boxes)}, drawn box after box"
+    return f"<p class='legend'>{keys}</p><p>{size}; {100 * plan.density:.3g} % visited</p>"

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from attncompiler.cli.plan import number_text
+from attncompiler.cli.plan import light_text, number_text
 from attncompiler.cli.progress import steps
 from attncompiler.dsl.pictures import picture
 from attncompiler.errors import DeviceError
 from attncompiler.ir.expr import TRUE, Const
 from attncompiler.ir.text import expr_text, to_text
-from attncompiler.passes.plan import TilePlan
-from attncompiler.tuning.speed_of_light import SpeedOfLight, speed_of_light
+from attncompiler.passes.placed import placed
+from attncompiler.passes.plan import TilePlan, build_boxes, tiles_for
+from attncompiler.passes.tile_counts import TileCounts
+from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, boxes_text, speed_of_light
+from attncompiler.tuning.strides import full_strides
 from attncompiler.tuning.target import TARGETS, Target, target_named
 from attncompiler.zoo import SYSTEMS, Example, Size, System, system_named
 from attncompiler.zoo.compare import Outcome, compare, eager_bytes, free_bytes
@@ -85,7 +88,7 @@ def _show(arguments: argparse.Namespace) -> int:
             "example": _example_text(example), "recognised": [to_text(program) for program in found.programs],
             "missed": [asdict(missed) for missed in found.missed],
             "programs": [to_text(call.program) for call in calls], "likeness": alike.name.lower(), "mask": mask,
-            "plans": [asdict(light) for _, light in plans], "pictures": [picture(plan) for plan, _ in plans],
+            "plans": [asdict(light) for _, light in plans], "pictures": [_picture(*planned) for planned in plans],
         }  # fmt: skip
         print(json.dumps(shown, indent=2))
     else:
@@ -102,12 +105,15 @@ def _show(arguments: argparse.Namespace) -> int:
             if alike is not Likeness.SAME:
                 _section("Declared program", to_text(call.program))
             _section("Mask", mask or _keep_text(call))
-            _section("Plan", f"{picture(plan)}\n\n{_plan_text(light)}")
+            _section("Plan", f"{_picture(plan, light)}\n\n{light_text({}, light)}")
     return 0 if alike is not Likeness.DIFFERENT and calls else 1
 
 
+_TILE = 128, 128  # of half precision on a target with warp roles; the examples are traced in float32
+
+
 def _planned(call: Call, system: System, example: Example, target: Target) -> tuple[TilePlan, SpeedOfLight]:
-    plan = call.plan()
+    """The plan for a picture, and its numbers: boxes of a grid where the mask is one of a grid."""
     b, h, m, n = call.extents
     if system.mask is not None:  # a rule may know how many it keeps
         kept = system.mask(*example.indices, **example.numbers).kept_pairs(b, h, m, n)
@@ -115,7 +121,16 @@ def _planned(call: Call, system: System, example: Example, target: Target) -> tu
         kept = call.kept_pairs()
     channels = call.program.value.shape[-1]
     assert isinstance(channels, Const)
-    return plan, speed_of_light(plan, kept, (b, h, m, n, int(channels.value)), target)
+    tiles = tiles_for(call.program, call.sizes, *_TILE)
+    plan = build_boxes(call.program, call.sizes, tiles, False, torch.device("cpu")) if tiles else call.plan(*_TILE)
+    strides = full_strides(call.program.keep.predicate, m, *_TILE) if m == n else ()
+    counts, shape = TileCounts.of(plan, b, h), (b, h, m, n, int(channels.value))
+    light = speed_of_light(counts, kept, shape, target, boxes=boxes_of(tiles), full_strides=strides)
+    return placed(plan, tiles) if tiles else plan, light
+
+
+def _picture(plan: TilePlan, light: SpeedOfLight) -> str:
+    return picture(plan, boxes=boxes_text(light.boxes) if light.boxes else "")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -192,11 +207,6 @@ def _example_text(example: Example) -> str:
 def _keep_text(call: Call) -> str:
     predicate = call.program.keep.predicate
     return "all pairs" if predicate == TRUE else expr_text(predicate)
-
-
-def _plan_text(light: SpeedOfLight) -> str:
-    rows = [(name.replace("_", " "), number_text(value)) for name, value in asdict(light).items()]
-    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 def _section(title: str, body: str) -> None:

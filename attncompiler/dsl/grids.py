@@ -67,26 +67,26 @@ def _of_tokens(mask: Mask, tokens: int, count: Callable[[], int]) -> Mask:
 
 def _axis_pairs(length: int, w: int, s: int, d: int, causal: bool) -> int:
     """How many pairs one axis keeps."""
-    i = torch.arange(length)
-    kept = 0
-    for keys in i.split(1024):
-        terms = _axis_window(i[:, None], keys[None, :], length, w, s, d, causal)
-        kept += int(terms.sum())
-    return kept
+    low, high = _axis_run(torch.arange(length), length, w, s, d, causal)
+    return int((high - low).sum())
 
 
 def _axis_window(i: Any, j: Any, length: int, w: int, s: int, d: int, causal: bool) -> Any:
+    low, high = _axis_run(i, length, w, s, d, causal)
+    seen = (j // d >= low) & (j // d < high)
+    return seen if d == 1 else seen & equal(i % d, j % d)
+
+
+def _axis_run(i: Any, length: int, w: int, s: int, d: int, causal: bool) -> tuple[Any, Any]:
+    """The places [low, high) within the residue class of a query that it sees."""
     place, count = i // d, ((i % d) * -1 + (length + d - 1)) // d  # within the residue class, and the class's length
     last = count - 1
     if causal:
         leader = smaller(place // s * s + (s - 1), last)
-        low, high = larger(leader - (w - 1), 0), place + 1
-    else:
-        leader = smaller(place // s * s + s // 2, last)
-        low = smaller(larger(leader - w // 2, 0), count - w)
-        high = low + w
-    seen = (j // d >= low) & (j // d < high)
-    return seen if d == 1 else seen & equal(i % d, j % d)
+        return larger(leader - (w - 1), 0), place + 1
+    leader = smaller(place // s * s + s // 2, last)
+    low = smaller(larger(leader - w // 2, 0), count - w)
+    return low, low + w
 
 
 def _for_each_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:

@@ -41,8 +41,10 @@ from attncompiler.ir.program import TensorDecl, kind_of
 from attncompiler.ir.ranges import range_of, within
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.grid import ROWS, GridTiles, choose_tiles
+from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, count_kept, plan_boxes, plan_predicate
 from attncompiler.passes.site import DTYPES
+from attncompiler.tuning.speed_of_light import boxes_text
 
 _MOST_PAIRS = 1 << 26
 _MOST_LOOKED_AT = 1 << 22  # pairs, for a warning
@@ -101,17 +103,19 @@ class Mask(ABC):
 
     def tiles(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> GridTiles:
         """How kernels cut tokens into tiles of these sizes: boxes where it is a rule of a grid, else (falsy) runs of tokens."""
-        predicate, _ = self._on_cpu(b, h, m, n)
-        return choose_tiles(predicate, m, block_q, block_kv) if m == n else ROWS
+        return choose_tiles(self.predicate(b, h, m, n), m, block_q, block_kv) if m == n else ROWS
 
     def plan_in(self, tiles: GridTiles, b: int, h: int, m: int, n: int) -> TilePlan:
         """The plan in boxes that `tiles` gave for these sizes."""
-        predicate, _ = self._on_cpu(b, h, m, n)
-        return plan_boxes(predicate, m, tiles)
+        return plan_boxes(self.predicate(b, h, m, n), m, tiles)
 
     def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
         """How many (query, key) pairs it keeps, over all batches and heads; None where that takes too long to count."""
         return count_kept(*self._on_cpu(b, h, m, n), (b, h, m, n))
+
+    def predicate(self, b: int, h: int, m: int, n: int) -> Expr:
+        """The rule as programs have it."""
+        return self._on_cpu(b, h, m, n)[0]
 
     def _on_cpu(self, b: int, h: int, m: int, n: int) -> tuple[Expr, Captured]:
         """The rule, with its tensors where plans and counts are made."""
@@ -126,21 +130,28 @@ class Mask(ABC):
 
     def show(self, b: int, h: int, m: int, n: int, columns: int = 64, *, batch: int | None = None, head: int | None = None) -> str:
         """A picture in text: queries downwards, keys to the right; of all batches and heads that differ, or of those given."""
-        return picture(self._drawn(b, h, m, n, batch, head), columns, batch, head)
+        plan, boxes = self._drawn(b, h, m, n, batch, head)
+        return picture(plan, columns, batch, head, boxes)
 
     def svg(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> str:
         """The same picture as SVG."""
-        return svg(self._drawn(b, h, m, n, batch, head), True, batch, head)
+        plan, boxes = self._drawn(b, h, m, n, batch, head)
+        return svg(plan, True, batch, head, boxes)
 
     def png(self, b: int, h: int, m: int, n: int, *, batch: int | None = None, head: int | None = None) -> bytes:
         """The same picture as PNG: what to write into a file."""
-        return png(self._drawn(b, h, m, n, batch, head), batch, head)
+        plan, boxes = self._drawn(b, h, m, n, batch, head)
+        return png(plan, batch, head, boxes)
 
-    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> TilePlan:
+    def _drawn(self, b: int, h: int, m: int, n: int, batch: int | None, head: int | None) -> tuple[TilePlan, str]:
+        """The plan, and the shapes of its boxes."""
         for what, number, count in (("batch", batch, b), ("head", head, h)):
             if number is not None and not 0 <= number < count:
                 raise OptionError(f"there is no {what} {number} to draw", do=f"give one from 0 to {count - 1}")
-        return self.plan(b, h, m, n)
+        tiles = self.tiles(b, h, m, n)
+        if not tiles:
+            return self.plan(b, h, m, n), ""
+        return placed(self.plan_in(tiles, b, h, m, n), tiles), boxes_text((tiles.rows, tiles.columns))
 
     def same_as(self, other: Mask, b: int, h: int, m: int, n: int) -> bool | None:
         """Whether both keep the same pairs at these sizes; None where neither the rules nor a look at every pair can tell."""

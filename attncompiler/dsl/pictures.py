@@ -83,8 +83,9 @@ def _omitted(count: int) -> str:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def picture(plan: TilePlan, columns: int = 64, batch: int | None = None, head: int | None = None) -> str:
-    """In text, side by side where `columns` characters are enough. A mark stands for one tile or for a box of them."""
+def picture(plan: TilePlan, columns: int = 64, batch: int | None = None, head: int | None = None, boxes: str = "") -> str:
+    """In text, side by side where `columns` characters are enough. A mark stands for one tile or for a box of them. `boxes`: the
+    shapes of tiles that are boxes of a grid, for the legend."""
     shown = panels(plan, batch, head)
     wanted = columns if len(shown) == 1 else max(_NARROWEST, (columns - 2 * (len(shown) - 1)) // len(shown))
     width, height = max(1, -(-plan.kv_tiles // wanted)), max(1, -(-plan.q_tiles // max(wanted // 2, 1)))
@@ -102,7 +103,12 @@ def picture(plan: TilePlan, columns: int = 64, batch: int | None = None, head: i
     legend = "  ".join(f"{mark} {kind.name.lower()}" for kind, mark in _MARKS.items())
     box_text = f"; a mark is {height} x {width} tiles" if height * width > 1 else ""
     found += [_omitted(len(shown))] if _omitted(len(shown)) else []
-    return "\n".join([*found, f"{legend}  (tiles of {plan.block_q} queries x {plan.block_kv} keys{box_text})"])
+    return "\n".join([*found, f"{legend}  ({_tile_text(plan, boxes)}{box_text})"])
+
+
+def _tile_text(plan: TilePlan, boxes: str) -> str:
+    lie = f" in boxes of {boxes}, box after box" if boxes else ""
+    return f"tiles of {plan.block_q} queries x {plan.block_kv} keys{lie}"
 
 
 # --------------------------------------------------------------------------------------------------------- SVG and PNG
@@ -127,9 +133,9 @@ def _layout(plan: TilePlan, count: int, titled: bool, legend: bool, margin: int)
     return _Layout((width, height), tuple(corners), (right + margin, bottom + margin + legend * 2 * _LINE))
 
 
-def _legend(plan: TilePlan, count: int) -> list[str]:
+def _legend(plan: TilePlan, count: int, boxes: str) -> list[str]:
     """What stands below: the colours' names in their order, then the rest."""
-    rest = f"tiles of {plan.block_q} queries x {plan.block_kv} keys, {100 * plan.density:.3g} % visited"
+    rest = f"{_tile_text(plan, boxes)}, {100 * plan.density:.3g} % visited"
     return [*(kind.name.lower() for kind in COLOURS), rest + (f"; {_omitted(count)}" if _omitted(count) else "")]
 
 
@@ -141,7 +147,7 @@ def _cells(tiles: Tensor, most: tuple[int, int]) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.BOX)
 
 
-def svg(plan: TilePlan, alone: bool = True, batch: int | None = None, head: int | None = None) -> str:
+def svg(plan: TilePlan, alone: bool = True, batch: int | None = None, head: int | None = None, boxes: str = "") -> str:
     """As SVG. `alone`: a file of its own, with a legend; else a part of a page that has one."""
     shown = panels(plan, batch, head)
     titled = any(panel.title for panel in shown)
@@ -167,7 +173,7 @@ def svg(plan: TilePlan, alone: bool = True, batch: int | None = None, head: int 
         parts.append("</g>")
     width, height = layout.size
     if alone:
-        *names, rest = _legend(plan, len(shown))
+        *names, rest = _legend(plan, len(shown), boxes)
         keys = "".join(
             f"<tspan fill='{colour}'>\u25a0</tspan> {name}  " for colour, name in zip(COLOURS.values(), names, strict=True)
         )
@@ -177,7 +183,7 @@ def svg(plan: TilePlan, alone: bool = True, batch: int | None = None, head: int 
     return f"<svg{namespace} viewBox='0 0 {width} {height}' shape-rendering='crispEdges'>{''.join(parts)}</svg>"
 
 
-def png(plan: TilePlan, batch: int | None = None, head: int | None = None) -> bytes:
+def png(plan: TilePlan, batch: int | None = None, head: int | None = None, boxes: str = "") -> bytes:
     """As PNG, with a legend. Where there are more tiles than pixels, a pixel has the mean colour of several."""
     shown = panels(plan, batch, head)
     drawn = shown[:_MOST_PANELS]
@@ -189,7 +195,7 @@ def png(plan: TilePlan, batch: int | None = None, head: int | None = None) -> by
         image.paste(_cells(panel.tiles, layout.panel).resize(layout.panel, Image.Resampling.NEAREST), (x, y))
         pen.rectangle((x - 1, y - 1, x + layout.panel[0], y + layout.panel[1]), outline=_FRAME)
         pen.text((x, y - _LINE + 2), panel.title, fill=_INK, font=font)
-    *names, rest = _legend(plan, len(shown))
+    *names, rest = _legend(plan, len(shown), boxes)
     x, y = margin, layout.size[1] - margin - 2 * _LINE + 8
     for colour, name in zip(COLOURS.values(), names, strict=True):
         pen.rectangle((x, y + 3, x + 10, y + 13), fill=colour, outline=_FRAME)

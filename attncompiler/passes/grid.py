@@ -260,7 +260,7 @@ def _shadow(across: Expr, lengths: tuple[int, ...], place: int, by_keys: bool) -
 
 
 @dataclass(frozen=True)
-class _Boxes:
+class AxisBoxes:
     """What each tile of rows meets along one axis: places [start, stop), all of which [common_first, common_last) is kept by every
     row. int64 [dilation, tiles of a class]; nothing is met where stop <= start."""
 
@@ -282,6 +282,14 @@ class _Boxes:
         residues = torch.arange(self.dilation)[:, None]
         return (origin * self.dilation + residues).reshape(-1), count.reshape(-1), first.reshape(-1), last.reshape(-1)
 
+    def on_lattice(self, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same for column tiles on a fixed lattice, that of NATTEN: counted from the first place of a class, the range of those
+        that are met and the range of full ones."""
+        first, last = self.start // columns, -(-self.stop // columns)
+        common_first, common_last = -(-self.common_first // columns), self.common_last // columns
+        common_last = torch.maximum(common_last, common_first)
+        return first, torch.maximum(last, first), common_first, common_last
+
     def _cut(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width = self.stop - self.start
         count = -(-width // columns)
@@ -296,7 +304,7 @@ class _Boxes:
 
 
 @functools.lru_cache(maxsize=4096)
-def _boxes(rule: GridRule, place: int, rows: int, by_keys: bool) -> _Boxes | None:
+def _boxes(rule: GridRule, place: int, rows: int, by_keys: bool) -> AxisBoxes | None:
     """None where a row meets more than one run along this axis."""
     length = rule.lengths[place]
     found = _windows(rule.along[place], length, by_keys)
@@ -315,7 +323,7 @@ def _boxes(rule: GridRule, place: int, rows: int, by_keys: bool) -> _Boxes | Non
     start, stop = start * some, stop * some
     common_first, common_last = begin.masked_fill(end > far, -far).amax(-1), end.amin(-1)
     some = some & (common_last > common_first)
-    return _Boxes(dilation, start, stop, torch.where(some, common_first, start), torch.where(some, common_last, start))
+    return AxisBoxes(dilation, start, stop, torch.where(some, common_first, start), torch.where(some, common_last, start))
 
 
 def _tiled(windows: _Windows, tiles: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,7 +337,7 @@ def _tiled(windows: _Windows, tiles: int, rows: int) -> tuple[Tensor, Tensor, Te
 
 # ---------------------------------------------------------------------------------------------------------- choosing
 
-_PARTIAL = 1.35  # what a tile with a mask costs beside one without (docs/performance.md)
+PARTIAL = 1.45  # what a tile with a mask costs beside one without (docs/performance.md)
 
 
 @functools.lru_cache(maxsize=512)
@@ -339,7 +347,7 @@ def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys:
     rule = grid_rule(predicate, tokens)
     if rule is None:
         return ROWS
-    row_shapes, column_shapes = (_shapes(size, rule.lengths) for size in (rows, columns))
+    row_shapes, column_shapes = (box_shapes(size, rule.lengths) for size in (rows, columns))
     sides = torch.tensor([1 << i for i in range(columns.bit_length())])
     visited: list[dict[tuple[int, int], int]] = []
     full: list[dict[tuple[int, int], int]] = []
@@ -358,7 +366,7 @@ def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys:
         sides = list(enumerate(zip(*shape, strict=True)))
         met = math.prod(visited[place][pair] for place, pair in sides)
         free = 0 if never_full else math.prod(full[place][pair] for place, pair in sides)
-        return free + _PARTIAL * (met - free)
+        return free + PARTIAL * (met - free)
 
     best = min(itertools.product(row_shapes, column_shapes), key=cost)
     if cost(best) >= _ceil(tokens, rows) * _ceil(tokens, columns):
@@ -384,7 +392,7 @@ def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_k
     return GridTiles(tuple(axes), inside)
 
 
-def _shapes(size: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
+def box_shapes(size: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The boxes of `size` tokens whose sides are powers of two, none longer than its axis needs."""
     room = [1 << (length - 1).bit_length() for length in lengths]
     powers = [1 << i for i in range(size.bit_length())]
@@ -466,3 +474,9 @@ def rows_keep_some(predicate: Expr, tokens: int) -> bool:
         return False
     found = [_windows(demand, length, False) for demand, length in zip(rule.along, rule.lengths, strict=True)]
     return all(w is not None and all(bool((c.end > c.begin).all()) for c in w[1]) for w in found)
+
+
+def along_axis(demand: Expr, length: int, rows: int) -> AxisBoxes | None:
+    """What each tile of `rows` queries meets along one axis of `length` tokens, by a demand on its coordinates; None where a query
+    meets more than one run there."""
+    return _boxes(GridRule((length,), (demand,), TRUE, TRUE), 0, rows, False)

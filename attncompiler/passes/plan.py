@@ -156,7 +156,7 @@ class TilePlan:
 
 def _ranges(wanted: Tensor) -> TileRanges:
     """Runs of True along the last axis, without waiting for the device: at most every other tile begins one."""
-    rows = wanted.reshape(-1, wanted.shape[-1])
+    rows = wanted.flatten(0, -2)
     tiles = rows.shape[1]
     edge = torch.zeros(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
     starts = rows & ~torch.cat([edge, rows[:, :-1]], 1)
@@ -185,7 +185,7 @@ def build_plan(
     """The plan of a program on its operands' device; never waits for a GPU. Plans that read no tensor are remembered."""
     extents = extents_of(program, sizes)
     device = operands[program.sum.tensor].device
-    predicate = _with_sizes(program.keep.predicate, program, sizes)
+    predicate = with_sizes(program, sizes)
     keep = Keep(predicate, program.keep.empty)
     shape = tuple(extents[axis.name] for axis in AXES)
     if not reads_of(predicate):
@@ -233,8 +233,10 @@ def plan_predicate(
 _MOST_EVALUATED = 1 << 31
 
 
-def count_kept(predicate: Expr, operands: Mapping[str, Tensor], shape: tuple[int, int, int, int]) -> int | None:
-    """How many pairs a predicate keeps: from its spans, else pair by pair in partial tiles; None where these are too many."""
+def count_kept(
+    predicate: Expr, operands: Mapping[str, Tensor], shape: tuple[int, int, int, int], most: int = _MOST_EVALUATED
+) -> int | None:
+    """How many pairs a predicate keeps: from its spans, else pair by pair in partial tiles; None where that is more than `most`."""
     extents = dict(zip((axis.name for axis in AXES), shape, strict=True))
     b, h, m, n = shape
     block = whole(operands, {}, extents, torch.float64, torch.device("cpu"))
@@ -243,7 +245,7 @@ def count_kept(predicate: Expr, operands: Mapping[str, Tensor], shape: tuple[int
         return _count_spans(rows, b, h)
     plan = plan_predicate(predicate, operands, shape, 128, 128)
     copies = (b // plan.plan_b) * (h // plan.plan_h)
-    if int(plan.partial.lengths.sum()) * 128 * 128 > _MOST_EVALUATED:
+    if int(plan.partial.lengths.sum()) * 128 * 128 > most:
         return None
     kept = int((plan.full.lengths.reshape(-1, plan.q_tiles) * _tile_heights(m, 128)).sum()) * 128
     for row, count in enumerate(plan.partial.count.tolist()):
@@ -280,8 +282,9 @@ def _count_spans(found: list[Span], b: int, h: int) -> int:
     return total * (b // begins.shape[1]) * (h // begins.shape[2])
 
 
-def _with_sizes(predicate: Expr, program: Attention, sizes: Mapping[str, int]) -> Expr:
-    return substitute(predicate, {Size(name): Const(sizes[name]) for name in program.sizes})
+def with_sizes(program: Attention, sizes: Mapping[str, int]) -> Expr:
+    """The predicate of a program with its run-time integers as numbers."""
+    return substitute(program.keep.predicate, {Size(name): Const(sizes[name]) for name in program.sizes})
 
 
 @functools.lru_cache(maxsize=512)
@@ -494,7 +497,7 @@ def proved_nonempty(program: Attention, sizes: Mapping[str, int], extents: Mappi
     if predicate == TRUE:
         return extents["kv_idx"] > 0
     shape = tuple(extents[axis.name] for axis in AXES)
-    predicate = _with_sizes(predicate, program, sizes)
+    predicate = with_sizes(program, sizes)
     if extents["q_idx"] <= extents["kv_idx"]:
         diagonal = _on_the_diagonal(predicate, program.decls)  # of documents and the like only what no tensor decides is left
         if not reads_of(diagonal) and _keeps_in_every_row(diagonal, shape):

@@ -15,7 +15,8 @@ from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import Q_IDX, Const, Read, reads_of
 from attncompiler.runtime.launch import describable
-from attncompiler.runtime.prepared import Prepared, Vectors, row_axis
+from attncompiler.runtime.prepared import Prepared, Vectors
+from attncompiler.runtime.scheduling import row_axis
 
 
 def room(device: torch.device) -> float:

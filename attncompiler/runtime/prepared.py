@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emission import Emission, Layout, program_dots, shared_heads, vector_reads
+from attncompiler.codegen.emission import Emission, Layout, shared_heads
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.triton_expr import pointer_name
-from attncompiler.codegen.vectors import VectorView, view_vectors
+from attncompiler.codegen.vectors import VectorView
 from attncompiler.ir.evaluate import Block, whole
-from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, TRUE, Axis, Read
+from attncompiler.ir.expr import AXES, TRUE, Read
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention
 from attncompiler.passes.plan import proved_nonempty
-from attncompiler.runtime.launch import Constants, Launch, describable, in_grid
+from attncompiler.runtime.launch import Constants, Launch
 from attncompiler.runtime.planning import Planner
-from attncompiler.tuning.schedule import KernelSchedule, Schedule, choose_schedule, for_mask
+from attncompiler.runtime.scheduling import row_axis, schedule_of, views_of
+from attncompiler.tuning.schedule import KernelSchedule
 from attncompiler.tuning.target import Target, target_of_capability
 
 
@@ -63,11 +64,6 @@ class Vectors:
         return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
 
 
-def row_axis(program: Attention, read: Read) -> Axis:
-    """The axis that the vectors of a read go along."""
-    return Q_IDX if any(read == dot.left for dot in program_dots(program)) else KV_IDX
-
-
 class Prepared:
     """A program for operands of one layout on one device."""
 
@@ -86,35 +82,11 @@ class Prepared:
         self._booleans = [pointer_name(name) for name, tensor in operands.items() if tensor.dtype == torch.bool]
         self.gradient_places: dict[frozenset[str], object] = {}  # what runtime/gradients.py finds once for these operands
         self.may_keep_nothing = program.keep.predicate != TRUE and not proved_nonempty(program, sizes, self.extents)
-        target = target_of(self.device)
-        descriptors = target.descriptors and all(
-            describable(view.tensor) and view.tensor.shape[2] == self.length(read) for read, view in views.items()
-        )
-        self.schedule = self._schedule(target, descriptors, views)
+        self.schedule = schedule_of(program, sizes, target_of(self.device), views)
         heads = self.extents["h"]
         self.groups = tuple(view.group if view.tensor.shape[1] > 1 or heads == 1 else heads for view in views.values())
         self.constants = self._constants(operands, views)
         self._planners: dict[str, Planner] = {}
-
-    def _schedule(self, target: Target, descriptors: bool, views: Mapping[Read, VectorView]) -> Schedule:
-        """Tiles are boxes where the mask is one of a grid; by descriptors if these can show the grid."""
-        few = self.extents["q_idx"] <= 16
-        chosen = choose_schedule(self.program, target, descriptors, few_queries=few)
-        boxed = for_mask(chosen, self.program, self.sizes)
-        axes = boxed.forward.tiles.axes
-        if descriptors and axes and not self._shows_grid(views, boxed):
-            return for_mask(choose_schedule(self.program, target, False, few_queries=few), self.program, self.sizes)
-        return boxed
-
-    def _shows_grid(self, views: Mapping[Read, VectorView], schedule: Schedule) -> bool:
-        """True where descriptors can load boxes of the grid. The output and its gradient have batches and heads apart."""
-        tiles = schedule.forward.tiles
-        if not tiles.is_dense or len(tiles.axes) < 2:
-            return False
-        if len(tiles.axes) == 3 and min(self.extents["b"], self.extents["h"]) > 1:
-            return False
-        lengths = tuple(axis.length for axis in tiles.axes)
-        return all(len(in_grid(view.tensor.shape, view.tensor.stride(), lengths)[0]) <= 5 for view in views.values())
 
     def length(self, read: Read) -> int:
         """How many positions the vectors of a read go along; a view of length 1 shows one vector for all of them."""
@@ -122,8 +94,7 @@ class Prepared:
 
     def views(self, operands: Mapping[str, Tensor]) -> dict[Read, VectorView]:
         """The vectors of every read of a call."""
-        block = self.block(operands)
-        return {r: view_vectors(r, operands[r.tensor], row_axis(self.program, r), block) for r in vector_reads(self.program)}
+        return views_of(self.program, operands, self.block(operands))
 
     def block(self, operands: Mapping[str, Tensor]) -> Block:
         """All positions of the program, over the operands of a call."""

@@ -11,7 +11,7 @@ import torch
 
 from attncompiler.ir.expr import ONE, TRUE, Apply, Const, dots_of, reads_of, walk
 from attncompiler.ir.program import Attention, Dtype, Empty
-from attncompiler.passes.grid import ROWS, GridTiles
+from attncompiler.passes.grid import PARTIAL, ROWS, GridTiles
 from attncompiler.passes.plan import build_boxes, build_plan, tiles_for
 from attncompiler.tuning.target import Target
 
@@ -89,13 +89,13 @@ def for_mask(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -
         return boxed
     narrow = in_boxes(replace(schedule, forward=_NARROW), program, sizes)
     narrow_full, narrow_partial = _tiles(narrow.forward, program, sizes)
-    wins = _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + _PARTIAL * partial)
+    wins = _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + PARTIAL * partial)
     return narrow if wins else boxed
 
 
 _NARROW = KernelSchedule(128, 64, 4, 4)
 # Times of tiles in those of a full one of 128 keys, and what a guess must win by. Source: docs/performance.md.
-_PARTIAL, _NARROW_FULL, _NARROW_PARTIAL, _NARROW_WINS = 1.3, 0.6, 0.65, 0.92
+_NARROW_FULL, _NARROW_PARTIAL, _NARROW_WINS = 0.6, 0.7, 0.92
 
 
 def _tiles(kernel: KernelSchedule, program: Attention, sizes: Mapping[str, int]) -> tuple[int, int]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from attncompiler.passes.plan import TilePlan
+from attncompiler.passes.grid import PARTIAL, GridTiles
+from attncompiler.passes.tile_counts import Sides, TileCounts
 from attncompiler.tuning.target import Target
 
-# Of the forward kernels on one H200, bf16, N16384 D128 (docs/performance.md): the share of the peak that long rows of tiles reach,
-# and what a row costs beside its tiles, in tiles of 128 x 128. Full, causal and sliding masks are met within 4 % there; masks
-# that read a tensor for each pair cost more than this says (documents: 32 %).
-EFFICIENCY = 0.68
-ROW_OVERHEAD = 1.7
+# Of the forward kernel for Hopper, fitted to eleven masks on one H100, bf16, D128 (docs/performance.md, with what they miss): the
+# share of the peak that tiles without a mask reach, and what a row costs beside its tiles, in tiles. A third, PARTIAL, is what a
+# tile with a mask costs.
+EFFICIENCY = 0.67
+ROW = 0.55
+
+Boxes = tuple[Sides, Sides]  # of queries and of keys
 
 
 @dataclass(frozen=True)
 class SpeedOfLight:
     """Of all batches and heads together. Bounds are speed-ups over dense attention: by kept pairs, by visited tiles, and by the
-    query tile that visits most. `kept_pairs` is None where counting takes too long, a bound where nothing is visited.
-    `predicted_ms`: the forward."""
+    query tile that visits most, as if all did. `kept_pairs` is None where counting takes too long, or only a call can tell; a bound
+    where nothing is visited. `predicted_ms`: the forward.
+
+    `tile`: queries and keys of a tile; `boxes`: how it lies in a grid, the shapes that leave least to do, None for runs of tokens.
+    `full_strides`: for a grid, the smallest strides that leave no partial tile, in the shapes that are best for each."""
 
     kept_pairs: int | None
     visited_tiles: int
@@ -29,25 +36,54 @@ class SpeedOfLight:
     bound_tiles: float | None
     bound_worst: float | None
     predicted_ms: float
+    tile: tuple[int, int]
+    boxes: Boxes | None = None
+    full_strides: tuple[Sides, ...] = ()
 
 
 def speed_of_light(
-    plan: TilePlan, kept_pairs: int | None, shape: tuple[int, int, int, int, int], target: Target, element: int = 2
-) -> SpeedOfLight:
+    counts: TileCounts, kept_pairs: int | None, shape: tuple[int, int, int, int, int], target: Target, element: int = 2,
+    boxes: Boxes | None = None, full_strides: tuple[Sides, ...] = (),
+) -> SpeedOfLight:  # fmt: skip
     """`shape`: B, H, queries, keys, D. `element`: bytes of one number."""
-    b, h, m, n, d = shape
-    copies = (b // plan.plan_b) * (h // plan.plan_h)
-    visited, full, partial = (int(ranges.lengths.sum()) * copies for ranges in (plan.visited, plan.full, plan.partial))
-    worst = int(plan.work.max()) if plan.work.numel() else 0
-    rows = b * h * plan.q_tiles
-    tile_flops = 4.0 * plan.block_q * plan.block_kv * d
-    overhead = rows * ROW_OVERHEAD * 4.0 * plan.block_q * 128 * d
-    compute = (visited * tile_flops + overhead) / (target.peak_flops * EFFICIENCY)
-    memory = element * b * h * d * 2.0 * (m + n) / target.bandwidth
+    b, h, m, n, _ = shape
+    dense = b * h * math.ceil(m / counts.block_q) * math.ceil(n / counts.block_kv)
     return SpeedOfLight(
-        kept_pairs, visited, full, partial, worst,
+        kept_pairs, counts.visited, counts.full, counts.partial, counts.worst,
         b * h * m * n / kept_pairs if kept_pairs else None,
-        rows * plan.dense_tiles / visited if visited else None,
-        plan.dense_tiles / worst if worst else None,
-        1e3 * max(compute, memory),
+        dense / counts.visited if counts.visited else None,
+        dense / (counts.rows * counts.worst) if counts.worst else None,
+        predicted_ms(counts, shape, target, element),
+        (counts.block_q, counts.block_kv), boxes, full_strides,
     )  # fmt: skip
+
+
+def predicted_ms(counts: TileCounts, shape: tuple[int, int, int, int, int], target: Target, element: int = 2) -> float:
+    """Of the forward: by arithmetic spread over the GPU, by the longest row on one multiprocessor, or by memory."""
+    b, h, m, n, d = shape
+    work = tile_work(counts) + ROW * counts.rows
+    longest = (counts.worst + ROW) * target.multiprocessors
+    flops = 4.0 * counts.block_q * counts.block_kv * d * max(work, longest)
+    keys = min(b * h * n, counts.visited * counts.block_kv)
+    memory = element * d * 2.0 * (b * h * m + keys) / target.bandwidth
+    return 1e3 * max(flops / (target.flops(element) * EFFICIENCY), memory)
+
+
+def tile_work(counts: TileCounts) -> float:
+    """By what shapes of tiles of one size are compared: tiles, in those without a mask."""
+    return counts.full + PARTIAL * counts.partial
+
+
+def boxes_of(tiles: GridTiles) -> Boxes | None:
+    """The shapes of tiles that are boxes of a grid."""
+    return (tiles.rows, tiles.columns) if tiles else None
+
+
+def sides_text(sides: Sides) -> str:
+    """2x8x8"""
+    return "x".join(map(str, sides))
+
+
+def boxes_text(boxes: Boxes) -> str:
+    """2x8x8:2x8x8, queries first."""
+    return ":".join(map(sides_text, boxes))

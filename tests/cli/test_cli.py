@@ -111,10 +111,10 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     grid = ["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64"]
     assert main([*grid, "--picture", "--svg", str(tmp_path / "grid.svg"), "--png", str(tmp_path / "grid.png")]) == 0
-    assert (tmp_path / "grid.svg").read_text().count("<rect") == 4 * 2
+    assert (tmp_path / "grid.svg").read_text().count("<rect") == 2 + 3 + 3 + 2  # box after box, each sees itself
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
-    assert "16,384" in text and "\u2592\u2592\u00b7\u00b7" in text and "tiles of 64 queries x 64 keys" in text
+    assert "16,384" in text and "\u00b7\u2588\u00b7\u00b7" in text and "in boxes of 8x8:8x8" in text
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,54 @@ def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_
         (["segments({'text': 4}, {('text', 'image'): causal})"], "segments has no pair ('text', 'image')"),
         (["segments({'text': 4}, window(3))"], "segments: "),
         (["causal", "--head", "1", "--picture"], "--head 1: the shape has 1 heads"),
+        (["disc((8, 8), 3)", "--lattice", "4x4"], "no rule for each axis of a grid"),
+        (["grid((8, 8), 3)", "--lattice", "4x4x4"], "is not a tile of queries and one of keys in 2 axes"),
+        (["grid((8, 8), 3)", "--lattice", "4x4:0x4"], "is not a tile of queries and one of keys in 2 axes"),
+        (["grid((8, 8), 3)", "--lattice", "4x4", "--tile", "16,32"], "--lattice 4x4 has tiles of 16 x 16 tokens"),
+        (["halo((8, 8), 2, 1)", "--strides"], "is no neighbourhood of a grid"),
+        (["grid((8, 8), 3)", "--strides", "--row-major"], "--row-major has no boxes"),
     ],
 )
 def test_plan_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments, "--shape", "1,1,64,64"]) == 2
     assert message in capsys.readouterr().err
+
+
+_VIDEO = ["plan", "grid((30, 48, 80), window=(18, 24, 24))", "--shape", "1,24,115200,128"]
+
+
+def test_plan_on_a_lattice(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bounds of Generalized Neighborhood Attention for HunyuanVideo, where boxes of our own do better."""
+    assert main([*_VIDEO, "--lattice", "2x8x8:2x8x8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    bounds = [round(found[f"bound_{name}"], 1) for name in ("tiles", "worst", "flops")]
+    assert bounds == [5.4, 3.6, 11.1] and found["full_strides"] == [[2, 8, 8]] and found["lattice"]
+    assert found["boxes"] == [[2, 8, 8], [2, 8, 8]] and found["tile"] == [128, 128]
+    assert main([*_VIDEO, "--lattice"]) == 0
+    assert "8x4x4:4x8x4 (queries:keys), on a fixed lattice" in capsys.readouterr().out
+    assert main([*_VIDEO, "--json"]) == 0
+    assert round(json.loads(capsys.readouterr().out)["bound_tiles"], 1) == 6.9
+
+
+def test_plan_of_every_stride(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*_VIDEO, "--lattice", "2x8x8", "--strides"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (own,) = (row for row in table if row[-2:] == ["this", "mask"])
+    (smallest,) = (row for row in table if row[-2:] == ["smallest", "block-sparse"])
+    assert own[0] == "1x1x1" and own[2:5] == ["11.11", "5.44", "3.60"] and own[5:7] == ["17", "%"]
+    assert smallest[0] == "2x8x8" and smallest[2:7] == ["11.11", "11.11", "11.11", "100", "%"]
+    assert main([*_VIDEO, "--strides", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["strides"]
+    assert [row["own"] for row in rows].count(True) == 1 and all(row["kept_pairs"] == rows[0]["kept_pairs"] for row in rows)
+    assert [2, 8, 8] in [row["stride"] for row in rows if row["smallest"]]
+    assert all(row["full_share"] == 1 for row in rows if row["block_sparse"])
+
+
+def test_plan_shows_the_kernel_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = {"1,1,1,4096,128": [16, 32], "1,1,4096,128": [128, 128], "1,1,4096,80": [128, 64]}
+    for shape, tile in shapes.items():
+        assert main(["plan", "window(64)", "--shape", shape, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["tile"] == tile
 
 
 def test_plan_of_segments_and_of_one_head(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from attncompiler import masks
 from attncompiler.dsl.attention import declare
 from attncompiler.ir import Attention
 from attncompiler.masks import Mask
-from attncompiler.runtime import prepared, triton_launch
+from attncompiler.runtime import prepared, scheduling, triton_launch
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 from tests.programs import judge, judge_on
 
@@ -46,7 +46,7 @@ def test_boxes(name: str) -> None:
     q, k = (torch.randn(1, heads, tokens, 16) for heads in (2, 1))
     program = declare(q, k, k, keep=mask, enable_gqa=True).program
     small = KernelSchedule(16, 16, 4, 1)
-    with mock.patch.object(prepared, "choose_schedule", lambda *_, **__: Schedule(small, small, small, False, "ieee")):
+    with mock.patch.object(scheduling, "choose_schedule", lambda *_, **__: Schedule(small, small, small, False, "ieee")):
         made = {"q": q, "k": k, "v": k.flip(2)}
         assert prepared.prepare(program, made, {}).schedule.forward.tiles, "tiles should be boxes"
         judge_on(triton_launch, program, made)

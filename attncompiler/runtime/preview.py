@@ -1,0 +1,87 @@
+"""What would run of a program, and what that is worth, without running it: for `explain`, `inspect` and the zoo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attncompiler.ir.expr import AXES, Const, Expr, conj, conjuncts, reads_of
+from attncompiler.ir.interpreter import extents_of
+from attncompiler.ir.program import Attention, Dtype, Keep
+from attncompiler.passes.placed import placed
+from attncompiler.passes.plan import TilePlan, build_boxes, build_plan, count_kept, with_sizes
+from attncompiler.passes.tile_counts import TileCounts, kept_in_grid, separable
+from attncompiler.runtime.lowering import unsupported
+from attncompiler.runtime.scheduling import schedule_of_layout
+from attncompiler.tuning.schedule import Schedule, choose_schedule
+from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, speed_of_light
+from attncompiler.tuning.strides import full_strides
+from attncompiler.tuning.target import Target
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What runs of a program: the schedule of its kernels, the plan of the forward one, what that is worth (None where an axis has
+    no element), and what to know of these numbers. `build_ms`: choosing the schedule, and making the plan."""
+
+    schedule: Schedule
+    plan: TilePlan
+    light: SpeedOfLight | None
+    notes: tuple[str, ...]
+    build_ms: float
+
+    @property
+    def drawn(self) -> TilePlan:
+        """The plan for a picture."""
+        tiles = self.schedule.forward.tiles
+        return placed(self.plan, tiles) if tiles else self.plan
+
+
+def preview(
+    program: Attention, sizes: Mapping[str, int], outlines: Mapping[str, Tensor], target: Target,
+    operands: Mapping[str, Tensor] | None = None, kept_pairs: int | None = None,
+) -> Preview:  # fmt: skip
+    """What runs of a program. `outlines`: its operands on the meta device. `operands`: those themselves, where they are known;
+    without them the parts of a mask that read tensors count as kept, and a note says so. `kept_pairs`: if these are counted."""
+    extents = extents_of(program, sizes)
+    b, h, m, n = (extents[axis.name] for axis in AXES)
+    read = sorted({read.tensor for read in reads_of(program.keep.predicate)}) if operands is None else []
+    notes = (f"at most: what {', '.join(read)} skips is found at run time",) if read else ()
+    has_kernels = not unsupported(program)
+    start = time.perf_counter()
+    schedule = schedule_of_layout(program, sizes, target, outlines) if has_kernels else choose_schedule(program, target)
+    forward = schedule.forward
+    if forward.tiles:
+        plan = build_boxes(program, sizes, forward.tiles, False, torch.device("cpu"))
+    else:
+        fixed = conj(*(part for part in conjuncts(program.keep.predicate) if operands is not None or not reads_of(part)))
+        bounded = replace(program, keep=Keep(fixed, program.keep.empty))
+        given = operands or {program.sum.tensor: torch.empty(0)}
+        plan = build_plan(bounded, given, sizes, forward.block_m, forward.block_n)
+    build_ms = 1e3 * (time.perf_counter() - start)
+    if min(b, h, m, n) == 0:
+        return Preview(schedule, plan, None, notes, build_ms)
+    predicate = with_sizes(program, sizes)
+    if kept_pairs is None and not read:
+        kept_pairs = counted(predicate, operands or {}, (b, h, m, n))
+    channels = program.value.shape[-1]
+    shape = b, h, m, n, int(channels.value) if isinstance(channels, Const) else 64
+    strides = full_strides(predicate, m, forward.block_m, forward.block_n) if m == n else ()
+    element = 2 if program.value.dtype in (Dtype.BF16, Dtype.F16) else 4
+    boxes = boxes_of(forward.tiles)
+    light = speed_of_light(TileCounts.of(plan, b, h), kept_pairs, shape, target, element, boxes, strides)
+    return Preview(schedule, plan, light, notes, build_ms)
+
+
+_MOST_COUNTED = 1 << 26  # pairs that are looked at one by one to explain a function
+
+
+def counted(predicate: Expr, operands: Mapping[str, Tensor], shape: tuple[int, int, int, int]) -> int | None:
+    """How many pairs a predicate keeps, None where that takes too long to count."""
+    b, h, m, n = shape
+    rule = separable(predicate, m) if m == n else None
+    return b * h * kept_in_grid(rule) if rule is not None else count_kept(predicate, operands, shape, _MOST_COUNTED)

@@ -1,0 +1,119 @@
+"""What is said to run is what runs: the schedule of a call and that of its outline."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import attncompiler
+from attncompiler import masks
+from attncompiler.dsl.attention import declare
+from attncompiler.explain import preview_site, trace
+from attncompiler.masks import Mask
+from attncompiler.runtime import prepared
+from attncompiler.runtime.prepared import Prepared
+from attncompiler.tuning.target import TARGETS
+
+_GRID, _GRID_3D = masks.grid((32, 32), 5), masks.grid((8, 12, 12), 3)
+
+
+def _of(b: int, h: int, n: int, d: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(b, h, n, d, dtype=dtype)
+
+
+def _packed(b: int, h: int, n: int, d: int) -> list[Tensor]:
+    return list(torch.zeros(b, n, 3, h, d, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def _misaligned(b: int, h: int, n: int, d: int) -> list[Tensor]:
+    return [torch.zeros(b * h * n * d + 1, dtype=torch.bfloat16)[1:].view(b, h, n, d) for _ in range(3)]
+
+
+CASES: dict[str, tuple[list[Tensor], Mask | None]] = {
+    "all pairs": ([_of(1, 2, 1024)] * 3, None),
+    "grid": ([_of(1, 2, 1024)] * 3, _GRID),
+    "grid, packed": (_packed(1, 2, 1024, 64), _GRID),
+    "packed": (_packed(2, 2, 96, 64), masks.causal()),
+    "not aligned": (_misaligned(1, 2, 1024, 64), _GRID),
+    "grid of three axes": ([_of(1, 2, 1152)] * 3, _GRID_3D),
+    "grid of three axes, several batches": ([_of(2, 2, 1152)] * 3, _GRID_3D),
+    "dilated": ([_of(1, 2, 1024)] * 3, masks.grid((32, 32), 5, dilation=2)),
+    "one query": ([_of(1, 2, 1), _of(1, 2, 96), _of(1, 2, 96)], None),
+    "sixteen queries": ([_of(1, 2, 16), _of(1, 2, 96), _of(1, 2, 96)], masks.causal()),
+    "seventeen queries": ([_of(1, 2, 17), _of(1, 2, 96), _of(1, 2, 96)], masks.causal()),
+    "float32": ([_of(1, 2, 1024, dtype=torch.float32)] * 3, _GRID),
+    "documents": ([_of(1, 2, 1024)] * 3, masks.causal() & masks.document(every=100)),
+}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_explained_is_what_runs(case: str, target: str) -> None:
+    qkv, mask = CASES[case]
+    qkv = [tensor if tensor.storage_offset() else tensor.clone() for tensor in qkv]  # three tensors, not one
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attncompiler.attention(q, k, v, keep=mask)
+
+    torch._dynamo.reset()
+    (site,), _ = trace(attend, *qkv)
+    explained = preview_site(site, TARGETS[target])
+    declared = declare(*qkv, keep=mask)
+    names = (decl.name for decl in declared.program.tensors)
+    operands = dict(zip(names, (*qkv, *declared.captured), strict=True))
+    with mock.patch.object(prepared, "target_of", lambda device: TARGETS[target]):
+        runs = Prepared(declared.program, operands, {}).schedule
+    assert explained.schedule == runs
+    forward, plan = runs.forward, explained.plan
+    assert (plan.block_q, plan.block_kv) == (forward.block_m, forward.block_n)
+    assert explained.light is not None
+    assert explained.light.boxes == ((forward.tiles.rows, forward.tiles.columns) if forward.tiles else None)
+
+
+def test_the_cases_differ() -> None:
+    """Boxes by descriptors, boxes by computed positions, runs of tokens, kernels of few queries."""
+    kinds = set()
+    for qkv, mask in CASES.values():
+        program = declare(*qkv, keep=mask)
+        names = (decl.name for decl in program.program.tensors)
+        with mock.patch.object(prepared, "target_of", lambda device: TARGETS["sm_90"]):
+            schedule = Prepared(program.program, dict(zip(names, (*qkv, *program.captured), strict=True)), {}).schedule
+        kinds.add((bool(schedule.forward.tiles), schedule.descriptors, schedule.delta_over_keys))
+    assert kinds == {(True, True, False), (True, False, False), (False, True, False), (False, True, True)}
+
+
+def test_all_that_a_region_says_of_speed() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attncompiler.attention(q, k, v, keep=_GRID)
+
+    explanation = attncompiler.explain(attend, *[_of(1, 2, 1024)] * 3)
+    (region,) = explanation.regions
+    light = region.speed_of_light
+    assert light is not None and light.kept_pairs == 2 * (32 * 5) ** 2
+    assert light.visited_tiles == light.full_tiles + light.partial_tiles and light.worst_row_tiles > 1
+    assert (light.tile, light.boxes) == ((128, 128), ((4, 32), (4, 32)))
+    assert light.bound_flops == 40.96 and light.bound_tiles == 2 * 8 * 8 / light.visited_tiles and light.predicted_ms > 0
+    assert not light.full_strides and "predicted ms" in str(explanation)
+
+
+def test_a_stride_is_proposed() -> None:
+    mask = masks.grid((32, 32), (16, 16))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attncompiler.attention(q, k, v, keep=mask)
+
+    (region,) = attncompiler.explain(attend, *[_of(1, 2, 1024)] * 3).regions
+    assert region.speed_of_light is not None and (8, 16) in region.speed_of_light.full_strides
+    assert any(note.startswith("with a stride of 8x16, 16x8") for note in region.notes)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 0), (0, 64), (64, 0)])
+def test_nothing_to_attend_to_has_no_speed(m: int, n: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    explanation = attncompiler.explain(attend, _of(1, 2, m), _of(1, 2, n), _of(1, 2, n))
+    assert all(region.speed_of_light is None for region in explanation.regions) and str(explanation)
