@@ -1,281 +1,202 @@
-"""Predicate -> the kernel that plans it on the device: the rules of passes/intervals.py as source.
-
-Takes predicates whose tensor reads vary with one of q_idx and kv_idx; those with one value for each pair are left to plan.py.
-"""
+"""Predicate -> the kernels that plan it on the device (templates/plan.py), from the bounds that tile_bounds.py writes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from attncompiler.codegen.text import fill, signature
-from attncompiler.codegen.triton_expr import HELPERS, Names, number, pointer_name, size_names, triton
+from attncompiler.codegen.tile_bounds import Column, FlatNames, TileBounds
+from attncompiler.codegen.triton_expr import HELPERS, pointer_name, size_names
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import Apply, Axis, Const, Expr, Kind, Size, axes_of, reads_of
-from attncompiler.ir.program import Attention, Dtype, Empty, kind_of
+from attncompiler.ir.expr import Expr, Kind, reads_of
+from attncompiler.ir.program import Attention, Empty
 from attncompiler.passes.plan import kept_by_witness
 from attncompiler.templates import plan
 
-MOST_TILES = 4096  # a row of the plan is held in the registers of one program
+MOST_TILES = 256  # a row of more is walked run by run: its columns are then reduced once, not by every row
 _SIZES = {"q_idx": "M", "kv_idx": "N"}
+_KINDS = (("Full", "full", 2), ("Partial", "partial", 1))
+_TABLES = [f"{name}{part}" for name, _, _ in _KINDS for part in ("Count", "Begin", "End")]
 
 
 @dataclass(frozen=True)
-class _Bounds:
-    """Source of the smallest and largest value on each tile; for booleans of `sure` and `may`."""
+class PlanKernels:
+    """A generated file: the kernel `rows`, and for rows of many tiles `columns`, which makes the tables that it reads.
 
-    lo: str
-    hi: str
-    kind: Kind
+    `tables`: their names and kinds; each holds TILES * TILES + TILES numbers for each batch and head with a plan of its own."""
 
-
-@dataclass
-class _FlatNames(Names):
-    """Positions as they stand: each kernel variable already has the shape that it is used in."""
-
-    def axis(self, name: str) -> str:
-        return name
+    source: str
+    rows: str
+    columns: str
+    tables: Mapping[str, Kind]
 
 
-@dataclass
-class _Writer:
-    program: Attention
-    row: str
-    column: str
-    row_names: Names
-    column_names: Names
-    row_lines: list[str] = field(default_factory=list)
-    start_lines: list[str] = field(default_factory=list)
-    loop_lines: list[str] = field(default_factory=list)
-    end_lines: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    memo: dict[Expr, _Bounds] = field(default_factory=dict)
+def emit_plan(program: Attention, row: str, blocks: Mapping[str, int], is_long: bool) -> PlanKernels:
+    """The kernels that plan the tiles of axis `row`. `blocks`: positions of a tile along each axis; `is_long`: rows of many tiles.
 
-    def bounds(self, expr: Expr) -> _Bounds:
-        if expr not in self.memo:
-            self.memo[expr] = self._bounds(expr)
-        return self.memo[expr]
-
-    def _bounds(self, expr: Expr) -> _Bounds:
-        kind = kind_of(expr, self.program.decls)
-        if isinstance(expr, Const):
-            text = number(expr.value) if kind is not Kind.BOOL else f"(tile >= 0) & {expr.value}"
-            return _Bounds(text, text, kind)
-        if isinstance(expr, Size):
-            return _Bounds(expr.name, expr.name, kind)
-        axes = axes_of(expr)
-        if isinstance(expr, Axis) and expr.name in (self.row, self.column):
-            return _Bounds(f"{expr.name}_lo", f"{expr.name}_hi", kind)
-        if {self.row, self.column} <= axes:
-            if not isinstance(expr, Apply):
-                raise UnsupportedProgram("the mask has one value for each pair")
-            return self._rule(expr, kind)
-        return self._column(expr, kind) if self.column in axes else self._row(expr, kind)
-
-    def _row(self, expr: Expr, kind: Kind) -> _Bounds:
-        """Exact along the rows' positions, then reduced."""
-        name = f"row{len(self.memo)}"
-        value = triton(expr, self.row_names)
-        self.row_lines += self.row_names.lines
-        self.row_names.lines.clear()
-        if self.row not in axes_of(expr):
-            self.row_lines.append(f"{name} = {value}")
-            return _Bounds(name, name, kind)
-        if kind is Kind.BOOL:
-            self.row_lines += [f"{name} = ({value}).to(tl.int32)"]
-            self.row_lines += [f"{name}_lo = tl.min({name}, 0) != 0", f"{name}_hi = tl.max({name}, 0) != 0"]
-            return _Bounds(f"{name}_lo", f"{name}_hi", kind)
-        self.row_lines.append(f"{name} = {value}")
-        low, high = self._without_nan(name, kind)
-        self.row_lines += [f"{name}_lo = tl.min({low}, 0)", f"{name}_hi = tl.max({high}, 0)"]
-        return _Bounds(f"{name}_lo", f"{name}_hi", kind)
-
-    def _column(self, expr: Expr, kind: Kind) -> _Bounds:
-        """Exact along the columns' positions, reduced tile by tile in the loop."""
-        name = f"column{len(self.memo)}"
-        value = triton(expr, self.column_names)
-        self.loop_lines += self.column_names.lines
-        self.column_names.lines.clear()
-        if kind is Kind.BOOL:
-            value, low, high, dtype = f"({value}).to(tl.int32)", "1", "0", "tl.int32"
-        elif kind is Kind.INT:
-            wide = any(self.program.decls[read.tensor].dtype is Dtype.I64 for read in reads_of(expr))
-            bits = 64 if wide else 32
-            value, low, high, dtype = (
-                f"({value}).to(tl.int{bits})",
-                str(2 ** (bits - 1) - 1),
-                str(-(2 ** (bits - 1))),
-                f"tl.int{bits}",
-            )
-        else:
-            low, high, dtype = 'float("inf")', 'float("-inf")', "tl.float32"
-        self.start_lines += [
-            f"{name}_{end} = tl.full([TILES, COLUMNS], {start}, {dtype})" for end, start in (("lo", low), ("hi", high))
-        ]
-        self.loop_lines.append(f"{name} = {value}")
-        below, above = self._without_nan(name, kind)
-        self.loop_lines += [
-            f"{name}_lo = tl.minimum({name}_lo, {below})",
-            f"{name}_hi = tl.maximum({name}_hi, {above})",
-        ]
-        widen = ".to(tl.int64)" if kind is Kind.INT else ""  # what follows may add and subtract
-        self.end_lines += [f"{name}_lo = tl.min({name}_lo, 1){widen}", f"{name}_hi = tl.max({name}_hi, 1){widen}"]
-        test = " != 0" if kind is Kind.BOOL else ""
-        return _Bounds(f"({name}_lo{test})", f"({name}_hi{test})", kind)
-
-    @staticmethod
-    def _without_nan(name: str, kind: Kind) -> tuple[str, str]:
-        """NaN compares false with everything: nothing may be proved of it."""
-        if kind is not Kind.FLOAT:
-            return name, name
-        known = f"{name} == {name}"
-        return f'tl.where({known}, {name}, float("-inf"))', f'tl.where({known}, {name}, float("inf"))'
-
-    # ---------------------------------------------------------------------------------------------------------- rules
-
-    def _rule(self, expr: Apply, kind: Kind) -> _Bounds:
-        args = [self.bounds(arg) for arg in expr.args]
-        op = expr.op
-        if op in ("floordiv", "mod"):
-            lo, hi = self._division(op, args[0], expr.args[1])
-        elif op == "mul" and expr.args[0] == expr.args[1] and kind is Kind.INT:
-            low, high = _RULES["abs"](args[0])
-            lo, hi = f"({low}) * ({low})", f"({high}) * ({high})"
-        elif op == "mul":
-            lo, hi = self._product(args[0], args[1])
-        elif op == "where":
-            lo, hi = self._where(*args)
-        elif op in _RULES:
-            lo, hi = _RULES[op](*args)
-        else:
-            raise UnsupportedProgram(f"the mask uses {op} across queries and keys")
-        name = f"pair{len(self.memo)}"
-        self.lines += [f"{name}_lo = {lo}", f"{name}_hi = {hi}"]
-        return _Bounds(f"{name}_lo", f"{name}_hi", kind)
-
-    def _division(self, op: str, a: _Bounds, divisor: Expr) -> tuple[str, str]:
-        if not (isinstance(divisor, Const) and type(divisor.value) is int and divisor.value > 0 and a.kind is Kind.INT):
-            raise UnsupportedProgram("the mask divides by what is no positive literal")
-        self.row_names.helpers |= {"floor_div", "floor_mod"}
-        c = divisor.value
-        if op == "floordiv":
-            return f"floor_div({a.lo}, {c})", f"floor_div({a.hi}, {c})"
-        within = f"floor_div({a.lo}, {c}) == floor_div({a.hi}, {c})"
-        return f"tl.where({within}, floor_mod({a.lo}, {c}), 0)", f"tl.where({within}, floor_mod({a.hi}, {c}), {c - 1})"
-
-    @staticmethod
-    def _product(a: _Bounds, b: _Bounds) -> tuple[str, str]:
-        if Kind.FLOAT in (a.kind, b.kind):
-            raise UnsupportedProgram("the mask multiplies floating-point numbers across queries and keys")
-        corners = [f"({x}) * ({y})" for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
-        nested = "tl.{0}(tl.{0}({1}, {2}), tl.{0}({3}, {4}))"
-        return nested.format("minimum", *corners), nested.format("maximum", *corners)
-
-    @staticmethod
-    def _where(condition: _Bounds, yes: _Bounds, no: _Bounds) -> tuple[str, str]:
-        if yes.kind is Kind.BOOL:
-            either = f"({yes.lo}) & ({no.lo})", f"({yes.hi}) | ({no.hi})"
-        else:
-            either = f"tl.minimum({yes.lo}, {no.lo})", f"tl.maximum({yes.hi}, {no.hi})"
-        pick = "tl.where({0}, {1}, tl.where({2}, {3}, {4}))"
-        return (
-            pick.format(condition.lo, yes.lo, condition.hi, either[0], no.lo),
-            pick.format(condition.lo, yes.hi, condition.hi, either[1], no.hi),
-        )
-
-
-_RULES: Mapping[str, Callable[..., tuple[str, str]]] = {
-    "add": lambda a, b: (f"({a.lo}) + ({b.lo})", f"({a.hi}) + ({b.hi})"),
-    "sub": lambda a, b: (f"({a.lo}) - ({b.hi})", f"({a.hi}) - ({b.lo})"),
-    "neg": lambda a: (f"-({a.hi})", f"-({a.lo})"),
-    "minimum": lambda a, b: (f"tl.minimum({a.lo}, {b.lo})", f"tl.minimum({a.hi}, {b.hi})"),
-    "maximum": lambda a, b: (f"tl.maximum({a.lo}, {b.lo})", f"tl.maximum({a.hi}, {b.hi})"),
-    "abs": lambda a: (
-        f"tl.maximum(tl.maximum({a.lo}, -({a.hi})), 0)",
-        f"tl.maximum(tl.abs({a.lo}), tl.abs({a.hi}))",
-    ),
-    "lt": lambda a, b: (f"({a.hi}) < ({b.lo})", f"({a.lo}) < ({b.hi})"),
-    "le": lambda a, b: (f"({a.hi}) <= ({b.lo})", f"({a.lo}) <= ({b.hi})"),
-    "gt": lambda a, b: (f"({a.lo}) > ({b.hi})", f"({a.hi}) > ({b.lo})"),
-    "ge": lambda a, b: (f"({a.lo}) >= ({b.hi})", f"({a.hi}) >= ({b.lo})"),
-    "eq": lambda a, b: (
-        f"(({a.lo}) == ({a.hi})) & (({b.lo}) == ({b.hi})) & (({a.lo}) == ({b.lo}))",
-        f"(({a.lo}) <= ({b.hi})) & (({b.lo}) <= ({a.hi}))",
-    ),
-    "ne": lambda a, b: (
-        f"(({a.lo}) > ({b.hi})) | (({b.lo}) > ({a.hi}))",
-        f"(({a.lo}) != ({a.hi})) | (({b.lo}) != ({b.hi})) | (({a.lo}) != ({b.lo}))",
-    ),
-    "and": lambda a, b: (f"({a.lo}) & ({b.lo})", f"({a.hi}) & ({b.hi})"),
-    "or": lambda a, b: (f"({a.lo}) | ({b.lo})", f"({a.hi}) | ({b.hi})"),
-    "not": lambda a: (f"({a.hi}) == 0", f"({a.lo}) == 0"),
-}
-
-
-def emit_plan(program: Attention, row: str) -> str:
-    """The source of the kernel that plans the tiles of axis `row`.
-
-    Raises: UnsupportedProgram for a predicate that no rule here bounds."""
+    Raises: UnsupportedProgram for a predicate that no rule bounds."""
     column = "kv_idx" if row == "q_idx" else "q_idx"
     helpers: set[str] = set()
     row_names, column_names = (
-        _FlatNames(program, {}, bounds=frozenset(), helpers=helpers, prefix=prefix) for prefix in ("row_", "column_")
+        FlatNames(program, {}, bounds=frozenset(), helpers=helpers, prefix=prefix) for prefix in ("row_", "column_")
     )
-    writer = _Writer(program, row, column, row_names, column_names)
+    bounds = TileBounds(program, row, column, blocks, row_names, column_names)
+    cover, exprs = _cover(bounds)
+    axes = {"row_axis": row, "row_size": _SIZES[row], "column_axis": column, "column_size": _SIZES[column]}
+    values = "\n".join(bounds.row_lines)
+    loop = fill(plan.COLUMN_LOOP, **axes, column_values="\n".join(bounds.loop_lines)) if bounds.columns else ""
+    reduced = {
+        "column_start": "\n".join(bounds.start_lines), "column_loop": loop, "column_end": "\n".join(bounds.end_lines),
+    }  # fmt: skip
+    name = "plan_rows" if row == "q_idx" else "plan_columns"
+    row_text = fill(plan.ROW, **axes, row_values=values)
+    if is_long:
+        kernels = [_column_tables(bounds, exprs, f"{name}_tables", reduced), _long_rows(bounds, exprs, name, row_text, axes, cover)]
+    else:
+        ranges = _joined(fill(plan.RANGES, name=kind, kind=str(number)) for kind, _, number in _KINDS)
+        begin = "tile * COLUMN_BLOCK", "(tile + 1) * COLUMN_BLOCK"
+        parameters = signature([*_operands(program, exprs), *_constants()])
+        filled = {**reduced, "row": row_text, "cover": cover.call(*begin), "ranges": ranges}
+        kernels = [fill(plan.KERNEL, name=name, parameters=parameters, **filled)]
+    used = "\n".join(HELPERS[helper] for helper in sorted(helpers))
+    source = "\n".join([f"import triton\nimport triton.language as tl\n{used}", cover.source, *kernels])
+    return PlanKernels(source, name, f"{name}_tables" if is_long and bounds.columns else "", _tables(bounds) if is_long else {})
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """The function that says what is proved of parts of a row; `names`: what it takes besides where these begin and end."""
+
+    source: str
+    names: tuple[str, ...]
+
+    def call(self, begin: str, end: str) -> str:
+        return f"cover({signature((begin, end, *self.names))})"
+
+
+def _cover(bounds: TileBounds) -> tuple[_Cover, tuple[Expr, ...]]:
+    """The function, and the expressions that it bounds."""
+    program, row, column = bounds.program, bounds.row, bounds.column
     predicate = program.keep.predicate
-    whole = writer.bounds(predicate)
-    empty_rows = ""
+    whole = bounds(predicate)
     exprs: tuple[Expr, ...] = (predicate,)
+    empty_rows = ""
     if program.keep.empty is Empty.SCORE:
         kept = kept_by_witness(predicate, program.axes.q_idx, program.axes.kv_idx)
         exprs += (kept,)
-        proved = writer.bounds(kept)
+        proved = bounds(kept)
         empty_rows = f"coverage = tl.where({proved.lo}, coverage, 1)  # a row that may keep nothing sees every key"
-    last = "(tile + 1) * COLUMN_BLOCK > N" if column == "kv_idx" else "(row + 1) * ROW_BLOCK > N"
-    size = _SIZES[column]
-    loop = fill(plan.COLUMN_LOOP, column_axis=column, column_size=size, column_values="\n".join(writer.loop_lines))
-    text = fill(
-        plan.KERNEL,
-        name="plan_rows" if row == "q_idx" else "plan_columns",
-        parameters=signature(plan_parameters(program, exprs)),
-        row_axis=row,
-        row_size=_SIZES[row],
-        column_axis=column,
-        column_size=size,
-        row_values="\n".join(writer.row_lines),
-        column_start="\n".join(writer.start_lines),
-        column_loop=loop if writer.loop_lines else "",
-        column_end="\n".join(writer.end_lines),
-        bounds="\n".join(writer.lines),
-        may=f"({whole.hi})",
-        sure=f"({whole.lo})",
-        short_tile=f"coverage = tl.where({last}, tl.minimum(coverage, 1), coverage)",
-        empty_rows=empty_rows,
-        ranges="\n".join(plan.RANGES.format(name=name, kind=kind) for name, kind in (("Full", 2), ("Partial", 1))),
+    last = "end > N" if column == "kv_idx" else f"{row}_lo + ROW_BLOCK > N"
+    holes = {
+        "column_axis": column,
+        "column_size": _SIZES[column],
+        "bounds": "\n".join(bounds.lines),
+        "may": f"({whole.hi})",
+        "sure": f"({whole.lo})",
+        "short_tile": f"coverage = tl.where({last}, tl.minimum(coverage, 1), coverage)",
+        "empty_rows": empty_rows,
+    }
+    names = _free_names(fill(plan.COVER, parameters="begin, end", **holes))
+    parameters = [f"{name}: tl.constexpr" if name.endswith("_BLOCK") else name for name in ("begin", "end", *names)]
+    return _Cover(fill(plan.COVER, parameters=signature(parameters), **holes), names), exprs
+
+
+def _free_names(source: str) -> tuple[str, ...]:
+    """What a function uses and neither takes nor makes; helpers apart."""
+    tree = ast.parse(source)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    made = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {
+        n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)
+    }
+    return tuple(sorted({node.id for node in names} - made - {"triton", "tl", "float", *HELPERS}))
+
+
+def _column_tables(bounds: TileBounds, exprs: tuple[Expr, ...], name: str, reduced: Mapping[str, str]) -> str:
+    """The kernel that reduces the columns, once for all rows."""
+    if not bounds.columns:
+        return ""
+    stores = _joined(fill(plan.TABLE_STORES, table=_table(column), name=column.name) for column in bounds.columns)
+    parameters = [
+        *_reads(bounds.program, exprs),
+        *_tables(bounds),
+        *_sizes(bounds.program, exprs),
+        *_constants("RANGES", "ROW_BLOCK"),
+    ]
+    return fill(plan.COLUMN_TABLES, name=name, parameters=signature(parameters), stores=stores, **reduced)
+
+
+def _long_rows(
+    bounds: TileBounds, exprs: tuple[Expr, ...], name: str, row_text: str, axes: Mapping[str, str], cover: _Cover
+) -> str:
+    """The kernel that walks a row of tiles run by run."""
+
+    def loads(place: str) -> str:
+        return _joined(fill(plan.TABLE_LOADS, table=_table(column), name=column.name, place=place) for column in bounds.columns)
+
+    def ranges(template: str) -> str:
+        return _joined(fill(template, name=kind, count=count, kind=str(number)) for kind, count, number in _KINDS)
+
+    operands = _operands(bounds.program, exprs)
+    return fill(
+        plan.LONG_ROWS,
+        **axes,
+        name=name,
+        parameters=signature([*_tables(bounds), *operands, *_constants("COLUMNS")]),
+        row=row_text,
+        run_loads=loads("TILES * TILES + lane"),
+        run_cover=cover.call("lane * TILES * COLUMN_BLOCK", "(lane + 1) * TILES * COLUMN_BLOCK"),
+        tile_loads=loads("tile"),
+        tile_cover=cover.call("tile * COLUMN_BLOCK", "(tile + 1) * COLUMN_BLOCK"),
+        ranges=ranges(plan.LONG_RANGES),
+        last_ranges=ranges(plan.LAST_RANGES),
     )
-    used = "\n".join(HELPERS[helper] for helper in sorted(helpers))
-    return f"import triton\nimport triton.language as tl\n{used}\n{text}"
 
 
-def plan_parameters(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
-    """The signature of a plan kernel."""
+def _joined(texts: Iterable[str]) -> str:
+    return "\n".join(text.strip("\n") for text in texts)
+
+
+def _tables(bounds: TileBounds) -> dict[str, Kind]:
+    """The tables with the columns' bounds, and what they hold."""
+    return {f"{_table(column)}{end}": column.kind for column in bounds.columns for end in ("Lo", "Hi")}
+
+
+def _table(column: Column) -> str:
+    """What the tables of one part are called: tensors are capitalised."""
+    return column.name.capitalize()
+
+
+def _reads(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
+    """The operands that expressions read, with their strides."""
     found = []
     for tensor in dict.fromkeys(r.tensor for e in exprs for r in reads_of(e)):
         found.append(pointer_name(tensor))
         found += [f"stride_{tensor}_{place}" for place in range(len(program.decls[tensor].shape))]
-    sizes = size_names(program, exprs)
-    for name in ("Full", "Partial"):
-        found += [f"{name}Count", f"{name}Begin", f"{name}End"]
-    constants = [f"{name}: tl.constexpr" for name in ("PLAN_H", "RANGES", "ROW_BLOCK", "COLUMN_BLOCK", "COLUMNS", "TILES")]
-    return [*found, "Order", "NextRow", "M", "N", *sizes, *constants]
+    return found
 
 
-def has_plan_kernel(program: Attention) -> bool:
-    """True where the predicate reads tensors and each of its parts has a rule."""
+def _sizes(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
+    return ["M", "N", *size_names(program, exprs)]
+
+
+def _operands(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
+    """The parameters of a kernel that makes the plan's tables, but for its constants."""
+    return [*_reads(program, exprs), *_TABLES, "Order", "NextRow", *_sizes(program, exprs)]
+
+
+def _constants(*unused: str) -> list[str]:
+    names = ("PLAN_H", "RANGES", "ROW_BLOCK", "COLUMN_BLOCK", "COLUMNS", "TILES")
+    return [f"{name}: tl.constexpr" for name in names if name not in unused]
+
+
+def has_plan_kernel(program: Attention, blocks: Mapping[str, int]) -> bool:
+    """True where the predicate reads tensors and each of its parts has a rule. `blocks`: positions of a tile along each axis."""
     if not reads_of(program.keep.predicate):
         return False
     try:
-        emit_plan(program, "q_idx")
+        emit_plan(program, "q_idx", blocks, is_long=False)
     except UnsupportedProgram:
         return False
     return True

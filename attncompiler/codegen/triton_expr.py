@@ -96,7 +96,7 @@ def _write(expr: Expr, names: Names) -> str:
         seed = _read(expr.seed, names)
         if expr.at:
             row, column = (_write(place, names) for place in expr.at)
-            return f"uniform({seed}, ({row}).to(tl.int64), {column})"
+            return f"uniform({seed}, tl.cast({row}, tl.int64), tl.cast({column}, tl.int32))"
         return f"uniform({seed}, (b * H + h).to(tl.int64) * M + {names.axis('q_idx')}, {names.axis('kv_idx')})"
     assert isinstance(expr, Apply)
     return _apply(expr, names)

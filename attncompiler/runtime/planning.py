@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
-from attncompiler.ir.expr import AXES, axes_of, conj, conjuncts, reads_of
+from attncompiler.ir.expr import Kind, axes_of, conj, conjuncts, reads_of
 from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.grid import windows_of
 from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan
@@ -30,8 +30,8 @@ class Planner:
         self._program, self._sizes, self._extents, self._device = program, sizes, extents, device
         self._schedule, self._by_keys = schedule, by_keys
         self.is_static = bool(schedule.tiles) or not reads_of(program.keep.predicate)
-        tiles = -(-max(extents["q_idx"], extents["kv_idx"]) // 16)
-        self._on_device = not self.is_static and tiles <= MOST_TILES and has_plan_kernel(program)
+        self._blocks = {"q_idx": schedule.block_m, "kv_idx": schedule.block_n}
+        self._on_device = not self.is_static and has_plan_kernel(program, self._blocks)
         self._tables: Constants = {}
         self._kernel: _PlanKernel | None = None
 
@@ -75,49 +75,71 @@ class Planner:
         """Rows go in the order by the parts of the mask that read no tensor: what is known before the call."""
         fixed = conj(*(part for part in conjuncts(self._program.keep.predicate) if not reads_of(part)))
         order = _order(self._rows(replace(self._program, keep=Keep(fixed, Empty.NAN)), operands))
-        return _PlanKernel(self._program, self._extents, self._schedule, self._by_keys, order, raw, constants)
+        return _PlanKernel(self._program, self._extents, self._blocks, self._by_keys, order, raw, constants)
+
+
+_MOST_RANGES = 1 << 21  # of a table, all rows together
+_FEWEST_RANGES = 128  # of a row, whatever the table then holds: memory stays O(N)
 
 
 class _PlanKernel:
-    """The kernel that plans on the device, and the shape of its tables."""
+    """The kernels that plan on the device, and the shape of their tables."""
 
     def __init__(
-        self, program: Attention, extents: Mapping[str, int], schedule: KernelSchedule, by_keys: bool, order: Tensor,
+        self, program: Attention, extents: Mapping[str, int], blocks: Mapping[str, int], by_keys: bool, order: Tensor,
         raw: Mapping[str, Tensor], constants: Constants,
     ) -> None:  # fmt: skip
-        b, h, m, n = (extents[axis.name] for axis in AXES)
+        row, column = ("kv_idx", "q_idx") if by_keys else ("q_idx", "kv_idx")
         axes = axes_of(program.keep.predicate)
-        shared = (b if "b" in axes else 1) * (h if "h" in axes else 1)
-        sides = (m, schedule.block_m), (n, schedule.block_n)
-        (length, block), (columns, column_block) = reversed(sides) if by_keys else sides
-        rows, tiles = -(-length // block), -(-columns // column_block)
-        room, width = (tiles + 1) // 2, 1 << (tiles - 1).bit_length()
+        self._shared = (extents["b"] if "b" in axes else 1) * (extents["h"] if "h" in axes else 1)
+        rows, tiles = (-(-extents[axis] // blocks[axis]) for axis in (row, column))
+        is_long = tiles > MOST_TILES
+        emitted = emit_plan(program, row, blocks, is_long)
+        room = (tiles + 1) // 2
+        self._width = 1 << (tiles - 1).bit_length()
+        if is_long:
+            self._width = 1 << ((tiles - 1).bit_length() + 1) // 2  # as many runs of tiles as a run has tiles
+            room = min(room, max(_MOST_RANGES // (rows * self._shared), _FEWEST_RANGES)) + self._width // 2 + 1
         sizes = {"FullCount": 1, "PartialCount": 1, "FullBegin": room, "FullEnd": room, "PartialBegin": room, "PartialEnd": room}
         self._names = (*sizes, "NextRow")
-        self._lengths = [-(-shared * rows * size // 4) * 4 for size in sizes.values()] + [4]  # each begins where 16 bytes do
+        self._lengths = [-(-self._shared * rows * size // 4) * 4 for size in sizes.values()] + [4]  # each begins where 16 bytes do
         self._device = order.device
         self._fixed = {"Full_ranges": room, "Partial_ranges": room, "Order": order}
+        self._column_tables = emitted.tables
         literals = {
-            "PLAN_H": h if "h" in axes else 1,
+            "PLAN_H": extents["h"] if "h" in axes else 1,
             "RANGES": room,
-            "ROW_BLOCK": block,
-            "COLUMN_BLOCK": column_block,
-            "COLUMNS": min(column_block, max(8, 4096 // width)),
-            "TILES": width,
+            "ROW_BLOCK": blocks[row],
+            "COLUMN_BLOCK": blocks[column],
+            "COLUMNS": min(blocks[column], max(8, 4096 // self._width)),
+            "TILES": self._width,
         }
-        module = load_module(emit_plan(program, "kv_idx" if by_keys else "q_idx"))
-        kernel = getattr(module, "plan_columns" if by_keys else "plan_rows")
-        schedule = KernelSchedule(block, column_block, 8, 1)
-        tensors = {**raw, **self._tables()}
-        self._launch = Launch(kernel, "plan", (rows, shared), {**constants, **literals}, tensors, schedule, None, {})
+        module = load_module(emitted.source)
+        values, tensors = {**constants, **literals}, {**raw, **self._tables(), **self._bounds()}
+
+        def ready(name: str, grid: tuple[int, int], num_warps: int) -> Launch:
+            schedule = KernelSchedule(blocks[row], blocks[column], num_warps, 1)
+            return Launch(getattr(module, name), name, grid, values, tensors, schedule, None, {})
+
+        self._columns = ready(emitted.columns, (-(-tiles // self._width), self._shared), 8) if emitted.columns else None
+        self._rows = ready(emitted.rows, (rows, self._shared), max(self._width // 128, 1) if is_long else 8)
 
     def _tables(self) -> dict[str, Any]:
         memory = torch.empty(sum(self._lengths), dtype=torch.int32, device=self._device)
         return {**dict(zip(self._names, memory.split(self._lengths), strict=True)), **self._fixed}
 
+    def _bounds(self) -> dict[str, Tensor]:
+        """The tables of the columns' bounds, which only the plan is made of."""
+        length = self._shared * (self._width * self._width + self._width)
+        kinds = {name: torch.float32 if kind is Kind.FLOAT else torch.int64 for name, kind in self._column_tables.items()}
+        return {name: torch.empty(length, dtype=dtype, device=self._device) for name, dtype in kinds.items()}
+
     def __call__(self, raw: Mapping[str, Tensor]) -> Constants:
         tables = self._tables()
-        self._launch({**raw, **tables})
+        tensors = {**raw, **tables, **self._bounds()}
+        if self._columns is not None:
+            self._columns(tensors)
+        self._rows(tensors)
         return tables
 
 

@@ -17,8 +17,10 @@ from attncompiler.ir.evaluate import whole
 from attncompiler.ir.expr import KV_IDX, Q_IDX, Const, Read, Size, apply, axes_of, conj
 from attncompiler.ir.program import Empty
 from attncompiler.passes.plan import Coverage, build_plan, keeps_only_keys, proved_nonempty
+from attncompiler.runtime import planning
 from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
+from attncompiler.tuning.schedule import KernelSchedule
 
 READS = {
     "doc": "i32[{both}]", "lens": "i64[2]", "pad": "bool[2, {n}]", "x": "f32[{both}]", "table": "bool[2, 4, {m}, {n}]",
@@ -47,6 +49,11 @@ def term(r: random.Random, reads: bool, tables: bool) -> str:
     if reads and tables:
         choices += ["cell[h, q_idx // 6, kv_idx // 9]", "(x[abs(q_idx - kv_idx)] < 0.3)", "(near[abs(q_idx - kv_idx) + b] < 3)"]
         choices += [f"(uniform(seed[0], h * 64 + q_idx // 6, kv_idx // {r.choice([1, 9])}) < {r.choice([0.02, 0.5])})"]
+    elif reads:  # of one cell for each tile
+        size = 64 if r.random() < 0.5 else 128
+        row, column = f"q_idx // {size}", f"kv_idx // {size}"
+        choices += [f"cell[h, {row}, {column}]", f"(near[abs({row} - {column}) + b] < 3)"]
+        choices += [f"(uniform(seed[0], h * 64 + {row}, {column}) < {r.choice([0.3, 0.8])})"]
     return r.choice(choices)
 
 
@@ -172,40 +179,57 @@ def test_documents_leave_each_query_its_own_key() -> None:
 @pytest.mark.parametrize("first", range(0, 120, 40))
 def test_plans_made_on_the_device(first: int) -> None:
     """The generated kernel is as exact as the plans made here."""
-    made_there = 0
-    for seed in range(first, first + 40):
+    assert _plan_on_the_device(range(first, first + 40), longest=150, blocks=(64, 64)) >= 5
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("fewest", "first"), [(2, 200), (128, 215)])
+def test_long_rows_planned_on_the_device(monkeypatch: pytest.MonkeyPatch, fewest: int, first: int) -> None:
+    """Rows that are walked run by run; with room for few ranges, where runs of tiles are taken as a whole."""
+    monkeypatch.setattr(planning, "MOST_TILES", 0)
+    monkeypatch.setattr(planning, "_MOST_RANGES", 0)
+    monkeypatch.setattr(planning, "_FEWEST_RANGES", fewest)
+    assert _plan_on_the_device(range(first, first + 9), longest=40, blocks=(8, 2)) > 0
+
+
+def _plan_on_the_device(seeds: range, longest: int, blocks: tuple[int, int]) -> int:
+    """How many of random masks the kernels plan; each plan is compared with every pair."""
+    planned = 0
+    for seed in seeds:
         r = random.Random(f"device {seed}")
-        m, n = r.randint(1, 150), r.randint(1, 150)
+        m, n = r.randint(1, longest), r.randint(1, longest)
         p, made = masked(r, True, m, n, tables=False)
-        if "x" in p.decls:
+        if "x" in p.decls or not has_plan_kernel(p, dict(zip(("q_idx", "kv_idx"), blocks, strict=True))):
             continue  # Triton's interpreter can't mix the comparison of one loaded float with that of a tile
-        call = Prepared(p, made, {})
-        if not has_plan_kernel(p):
-            continue
-        made_there += 1
-        kept = truth(p, made, m, n)
-        for name, schedule in (
-            ("attention_forward", call.schedule.forward),
-            ("attention_backward_keys", call.schedule.backward_keys),
-        ):
-            keys = name == "attention_backward_keys"
-            planner = Planner(p, {}, call.extents, schedule, keys, torch.device("cpu"))
-            found = planner(made, call.raw(made), call.constants)
-            columns, tiles = -(-n // schedule.block_n), -(-m // schedule.block_m)
-            columns, tiles = (tiles, columns) if keys else (columns, tiles)
-            shape = _plan_shape(p, call.extents)
-            rows = torch.zeros(math.prod(shape) * tiles, columns, dtype=torch.int8)
-            for kind, which in ((Coverage.FULL, "Full"), (Coverage.PARTIAL, "Partial")):
-                room = found[f"{which}_ranges"]
-                for row, count in enumerate(found[f"{which}Count"].tolist()[: len(rows)]):
-                    for i in range(row * room, row * room + count):
-                        rows[row, int(found[f"{which}Begin"][i]) : int(found[f"{which}End"][i])] = kind
-            launched = rows.reshape(-1, tiles, columns)
-            coverage = torch.empty_like(launched)
-            coverage[:, found["Order"].long()] = launched
-            coverage = coverage.reshape(*shape, tiles, columns)
-            check(p, coverage.transpose(2, 3) if keys else coverage, kept, schedule.block_m, schedule.block_n)
-    assert made_there >= 5
+        planned += 1
+        for by_keys in (False, True):
+            coverage = _device_coverage(p, made, (m, n), blocks, by_keys)
+            check(p, coverage.transpose(2, 3) if by_keys else coverage, truth(p, made, m, n), *blocks)
+    return planned
+
+
+def _device_coverage(
+    p: Attention, made: Mapping[str, Tensor], lengths: tuple[int, int], blocks: tuple[int, int], by_keys: bool
+) -> Tensor:
+    """What the tables of a plan made on the device say of every tile, [b or 1, h or 1, rows, columns]."""
+    call = Prepared(p, made, {})
+    planner = Planner(p, {}, call.extents, KernelSchedule(*blocks, 1, 1), by_keys, torch.device("cpu"))
+    found = planner(made, call.raw(made), call.constants)
+    rows, columns = (-(-length // block) for length, block in zip(lengths, blocks, strict=True))
+    rows, columns = (columns, rows) if by_keys else (rows, columns)
+    shape = _plan_shape(p, call.extents)
+    launched = torch.zeros(math.prod(shape) * rows, columns, dtype=torch.int8)
+    for kind, which in ((Coverage.FULL, "Full"), (Coverage.PARTIAL, "Partial")):
+        room = found[f"{which}_ranges"]
+        for row, count in enumerate(found[f"{which}Count"].tolist()[: len(launched)]):
+            assert count <= room
+            for i in range(row * room, row * room + count):
+                begin, end = int(found[f"{which}Begin"][i]), int(found[f"{which}End"][i])
+                assert 0 <= begin < end <= columns and not launched[row, begin:end].any()
+                launched[row, begin:end] = kind
+    coverage = torch.empty_like(launched).reshape(-1, rows, columns)
+    coverage[:, found["Order"].long()] = launched.reshape(-1, rows, columns)
+    return coverage.reshape(*shape, rows, columns)
 
 
 def _plan_shape(p: Attention, extents: Mapping[str, int]) -> tuple[int, int]:

@@ -94,8 +94,8 @@ def test_all_that_a_region_says_of_speed() -> None:
     light = region.speed_of_light
     assert light is not None and light.kept_pairs == 2 * (32 * 5) ** 2
     assert light.visited_tiles == light.full_tiles + light.partial_tiles and light.worst_row_tiles > 1
-    assert (light.tile, light.boxes) == ((128, 128), ((4, 32), (4, 32)))
-    assert light.bound_flops == 40.96 and light.bound_tiles == 2 * 8 * 8 / light.visited_tiles and light.predicted_ms > 0
+    assert (light.tile, light.boxes) == ((128, 64), ((4, 32), (2, 32)))
+    assert light.bound_flops == 40.96 and light.bound_tiles == 2 * 8 * 16 / light.visited_tiles and light.predicted_ms > 0
     assert not light.full_strides and "predicted ms" in str(explanation)
 
 
