@@ -5,12 +5,12 @@ those of FlexAttention's mods: b, h, q_idx, kv_idx. A query that sees no key giv
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -187,6 +187,12 @@ def as_mask(value: Mask | Callable[..., Any]) -> Mask:
     raise OptionError(f"{value!r} is no mask", do="use attncompiler.masks, or a function (b, h, q_idx, kv_idx) -> bool")
 
 
+@functools.lru_cache(maxsize=512)
+def _one_form(expr: Expr, extents: tuple[tuple[Axis, int], ...]) -> Expr:
+    """The one form of a predicate on axes of these sizes. Asked for again for tiles, plan and counts of a mask."""
+    return settled(within(expr, dict(extents)), KV_IDX)
+
+
 @dataclass(frozen=True, eq=False)
 class _Rule(Mask):
     """A rule that is the same for all sizes."""
@@ -199,7 +205,7 @@ class _Rule(Mask):
         return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        return settled(within(self.kept(terms(self.captured)).expr, extents), KV_IDX), dict(self.captured)
+        return _one_form(self.kept(terms(self.captured)).expr, tuple(extents.items())), dict(self.captured)
 
     @property
     def reads_tensors(self) -> bool:
@@ -414,9 +420,9 @@ class _PerHead(Mask):
             return next(iter(of)), captured
         parts = []
         for expr, heads in of.items():
-            which = reduce(lambda a, b: apply("or", a, b), (apply("eq", H, Const(number)) for number in heads))
+            which = functools.reduce(lambda a, b: apply("or", a, b), (apply("eq", H, Const(number)) for number in heads))
             parts.append(apply("and", which, expr))
-        return reduce(lambda a, b: apply("or", a, b), parts), captured
+        return functools.reduce(lambda a, b: apply("or", a, b), parts), captured
 
     def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found = (h == 0) & self.masks[0].at(b, h, q_idx, kv_idx)
