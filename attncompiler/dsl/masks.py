@@ -22,7 +22,6 @@ from attncompiler.dsl.trace import traced
 from attncompiler.errors import InvalidProgram, OptionError
 from attncompiler.ir.expr import (
     AXES,
-    FALSE,
     KV_IDX,
     Q_IDX,
     Axis,
@@ -41,11 +40,11 @@ from attncompiler.ir.program import TensorDecl, kind_of
 from attncompiler.ir.ranges import range_of, within
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.grid import ROWS, GridTiles, choose_tiles
+from attncompiler.passes.nothing_kept import nothing_kept
 from attncompiler.passes.plan import TilePlan, count_kept, plan_boxes, plan_predicate
 from attncompiler.passes.site import DTYPES
 
 _MOST_PAIRS = 1 << 26
-_MOST_LOOKED_AT = 1 << 22  # pairs, for a warning
 
 Extents = Mapping[Axis, int]
 Captured = dict[str, Tensor]
@@ -93,6 +92,17 @@ class Mask(ABC):
         return _Joined("or", (self, as_mask(other)))
 
     def __invert__(self) -> Mask:
+        return self.complement()
+
+    def __rand__(self, other: Callable[..., Any]) -> Mask:
+        return as_mask(other) & self
+
+    def __ror__(self, other: Callable[..., Any]) -> Mask:
+        return as_mask(other) | self
+
+    def complement(self) -> Mask:
+        """`~mask` by a name that Dynamo can trace: in a function that is being compiled `~` of any object but a tensor breaks the
+        graph, and is an error of Dynamo's with `fullgraph=True`."""
         return _Joined("not", (self,))
 
     def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:
@@ -162,20 +172,6 @@ class Mask(ABC):
         block = whole(captured, {}, {axis.name: size for axis, size in extents.items()}, torch.float64, torch.device("cpu"))
         found = block.tensor(predicate).to(torch.bool)
         return found.expand(*found.shape[:2], m, n) if found.dim() == 4 else found.expand(1, 1, m, n)
-
-
-_COARSE = 16  # tiles a side in which a mask is asked whether it keeps anything at all
-
-
-def nothing_kept(predicate: Expr, captured: Captured, shape: tuple[int, int, int, int]) -> bool:
-    """True where a predicate over b, h, q_idx, kv_idx of these sizes is proved to hold nowhere; `captured` is on the CPU."""
-    if predicate == FALSE or min(shape) == 0:
-        return min(shape) > 0
-    tiles = (max(-(-size // _COARSE), 1) for size in shape[2:])
-    plan = plan_predicate(predicate, captured, shape, *tiles)
-    if int(plan.visited.count.sum()) == 0:
-        return True
-    return int(plan.full.count.sum()) == 0 and math.prod(shape) <= _MOST_LOOKED_AT and count_kept(predicate, captured, shape) == 0
 
 
 def as_mask(value: Mask | Callable[..., Any]) -> Mask:
