@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Node
 from attncompiler.assumed import checked
 from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
+from attncompiler.passes.nothing_kept import warning_of_nothing
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
 from attncompiler.runtime import ops  # noqa: F401  registers the op that compiled graphs call
 
@@ -28,6 +30,8 @@ def attncompiler(
     Raises: OptionError for an unknown option or a bad value."""
     inner = parse_options(options, mode).inner
     graph = compile_or_leave(module, inputs)
+    for warning in filter(None, (warning_of_nothing(site.program) for site in graph.sites)):
+        warnings.warn(warning, stacklevel=2)
     compiled: Callable[..., Any] = _INNER[inner](graph.module, inputs)
     if not graph.assumed:
         return compiled

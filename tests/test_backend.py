@@ -161,3 +161,32 @@ def test_programs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     for name in ("normalise", "recognise", "lift_mask", "zero_empty_rows"):
         assert f"after {name}:" in caplog.text
     assert "keep    kv_idx" in caplog.text
+
+
+def _causal_rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    later = torch.arange(scores.shape[3]) > torch.arange(scores.shape[2])[:, None]
+    return scores.masked_fill(later, -math.inf).softmax(-1) @ v
+
+
+def _sunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT, q.new_zeros(*q.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 0), (0, 5), (0, 0)])
+@pytest.mark.parametrize(
+    "attend",
+    [
+        torch.nn.functional.scaled_dot_product_attention, _causal_rectangle, _sunk,
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+        lambda q, k, v: attncompiler.attention(q, k, v, keep=attncompiler.masks.causal()),
+    ],
+    ids=["sdpa", "causal", "sink", "plain", "declared"],
+)  # fmt: skip
+def test_no_keys_give_zero_and_no_queries_nothing(attend: Callable[..., Tensor], m: int, n: int) -> None:
+    inputs = [torch.randn(1, 2, length, 16, requires_grad=True) for length in (m, n, n)]
+    out = torch.compile(attend, backend="attncompiler", options={"inner": "eager"})(*inputs)
+    assert torch.equal(out, torch.zeros(1, 2, m, 16))
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert not gradient.any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Captured, Mask, adopt, as_mask, check_reads, nothing_kept, rename
+from attncompiler.dsl.masks import Captured, Mask, adopt, as_mask, check_reads, rename
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import DeviceError, OptionError
 from attncompiler.ir.expr import (
@@ -35,6 +34,7 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Softmax, TensorDecl
 from attncompiler.ir.text import to_line
 from attncompiler.ir.verify import verify
+from attncompiler.passes.nothing_kept import nothing_kept, nothing_kept_by_positions
 from attncompiler.passes.site import DTYPES
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
 
@@ -205,7 +205,7 @@ def _warn_of_nothing(mask: Mask, predicate: Expr, read: Captured, extents: dict[
         return
     if read and not mask.is_fixed:
         return  # read anew at each call: looking at each would cost more than the warning is worth
-    if _nothing_kept(predicate, shape) if not read else nothing_kept(predicate, read, shape):
+    if nothing_kept_by_positions(predicate, shape) if not read else nothing_kept(predicate, read, shape):
         _WARNED.add((str(mask), shape))
         warnings.warn(
             f"the mask {mask} keeps no key for any of {b} x {h} x {m} queries over {n} keys: the output is zero\n"
@@ -215,11 +215,6 @@ def _warn_of_nothing(mask: Mask, predicate: Expr, read: Captured, extents: dict[
 
 
 _WARNED: set[Hashable] = set()
-
-
-@functools.lru_cache(maxsize=512)
-def _nothing_kept(predicate: Expr, shape: tuple[int, int, int, int]) -> bool:
-    return nothing_kept(predicate, {}, shape)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, enable_gqa: bool) -> None:

@@ -5,12 +5,12 @@ those of FlexAttention's mods: b, h, q_idx, kv_idx. A query that sees no key giv
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from attncompiler.dsl.trace import traced
 from attncompiler.errors import InvalidProgram, OptionError
 from attncompiler.ir.expr import (
     AXES,
-    FALSE,
     KV_IDX,
     Q_IDX,
     Axis,
@@ -41,13 +40,13 @@ from attncompiler.ir.program import TensorDecl, kind_of
 from attncompiler.ir.ranges import range_of, within
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.grid import ROWS, GridTiles, choose_tiles
+from attncompiler.passes.nothing_kept import nothing_kept
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, count_kept, plan_boxes, plan_predicate
 from attncompiler.passes.site import DTYPES
 from attncompiler.tuning.speed_of_light import boxes_text
 
 _MOST_PAIRS = 1 << 26
-_MOST_LOOKED_AT = 1 << 22  # pairs, for a warning
 
 Extents = Mapping[Axis, int]
 Captured = dict[str, Tensor]
@@ -95,6 +94,17 @@ class Mask(ABC):
         return _Joined("or", (self, as_mask(other)))
 
     def __invert__(self) -> Mask:
+        return self.complement()
+
+    def __rand__(self, other: Callable[..., Any]) -> Mask:
+        return as_mask(other) & self
+
+    def __ror__(self, other: Callable[..., Any]) -> Mask:
+        return as_mask(other) | self
+
+    def complement(self) -> Mask:
+        """`~mask` by a name that Dynamo can trace: in a function that is being compiled `~` of any object but a tensor breaks the
+        graph, and is an error of Dynamo's with `fullgraph=True`."""
         return _Joined("not", (self,))
 
     def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:
@@ -175,20 +185,6 @@ class Mask(ABC):
         return found.expand(*found.shape[:2], m, n) if found.dim() == 4 else found.expand(1, 1, m, n)
 
 
-_COARSE = 16  # tiles a side in which a mask is asked whether it keeps anything at all
-
-
-def nothing_kept(predicate: Expr, captured: Captured, shape: tuple[int, int, int, int]) -> bool:
-    """True where a predicate over b, h, q_idx, kv_idx of these sizes is proved to hold nowhere; `captured` is on the CPU."""
-    if predicate == FALSE or min(shape) == 0:
-        return min(shape) > 0
-    tiles = (max(-(-size // _COARSE), 1) for size in shape[2:])
-    plan = plan_predicate(predicate, captured, shape, *tiles)
-    if int(plan.visited.count.sum()) == 0:
-        return True
-    return int(plan.full.count.sum()) == 0 and math.prod(shape) <= _MOST_LOOKED_AT and count_kept(predicate, captured, shape) == 0
-
-
 def as_mask(value: Mask | Callable[..., Any]) -> Mask:
     """A mask as it is, or a function of positions as a mask."""
     if isinstance(value, Mask):
@@ -196,6 +192,12 @@ def as_mask(value: Mask | Callable[..., Any]) -> Mask:
     if callable(value):
         return where(value)
     raise OptionError(f"{value!r} is no mask", do="use attncompiler.masks, or a function (b, h, q_idx, kv_idx) -> bool")
+
+
+@functools.lru_cache(maxsize=512)
+def _one_form(expr: Expr, extents: tuple[tuple[Axis, int], ...]) -> Expr:
+    """The one form of a predicate on axes of these sizes. Asked for again for tiles, plan and counts of a mask."""
+    return settled(within(expr, dict(extents)), KV_IDX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +212,7 @@ class _Rule(Mask):
         return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
-        return settled(within(self.kept(terms(self.captured)).expr, extents), KV_IDX), dict(self.captured)
+        return _one_form(self.kept(terms(self.captured)).expr, tuple(extents.items())), dict(self.captured)
 
     @property
     def reads_tensors(self) -> bool:
@@ -425,9 +427,9 @@ class _PerHead(Mask):
             return next(iter(of)), captured
         parts = []
         for expr, heads in of.items():
-            which = reduce(lambda a, b: apply("or", a, b), (apply("eq", H, Const(number)) for number in heads))
+            which = functools.reduce(lambda a, b: apply("or", a, b), (apply("eq", H, Const(number)) for number in heads))
             parts.append(apply("and", which, expr))
-        return reduce(lambda a, b: apply("or", a, b), parts), captured
+        return functools.reduce(lambda a, b: apply("or", a, b), parts), captured
 
     def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         found = (h == 0) & self.masks[0].at(b, h, q_idx, kv_idx)

@@ -349,29 +349,23 @@ def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys:
         return ROWS
     row_shapes, column_shapes = (box_shapes(size, rule.lengths) for size in (rows, columns))
     sides = torch.tensor([1 << i for i in range(columns.bit_length())])
-    visited: list[dict[tuple[int, int], int]] = []
-    full: list[dict[tuple[int, int], int]] = []
+    met = torch.ones(len(row_shapes), len(column_shapes), dtype=torch.float64)
+    full = met.clone() if rule.rest == TRUE and rule.across == TRUE else torch.zeros_like(met)
     for place in range(len(rule.lengths)):
-        visited.append({})
-        full.append({})
-        for r in {shape[place] for shape in row_shapes}:
-            boxes = _boxes(rule, place, r, by_keys)
-            if boxes is None:
-                return ROWS
-            for side, met, whole_ in zip(sides.tolist(), *(x.tolist() for x in boxes.counts(sides)), strict=True):
-                visited[place][r, side], full[place][r, side] = met, whole_
-    never_full = rule.rest != TRUE or rule.across != TRUE
-
-    def cost(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
-        sides = list(enumerate(zip(*shape, strict=True)))
-        met = math.prod(visited[place][pair] for place, pair in sides)
-        free = 0 if never_full else math.prod(full[place][pair] for place, pair in sides)
-        return free + PARTIAL * (met - free)
-
-    best = min(itertools.product(row_shapes, column_shapes), key=cost)
-    if cost(best) >= _ceil(tokens, rows) * _ceil(tokens, columns):
+        lengths = sorted({shape[place] for shape in row_shapes})
+        boxes = [_boxes(rule, place, length, by_keys) for length in lengths]
+        counts = [each.counts(sides) for each in boxes if each is not None]
+        if len(counts) < len(boxes):
+            return ROWS
+        chosen = torch.tensor([lengths.index(shape[place]) for shape in row_shapes])[:, None]
+        side = torch.tensor([shape[place].bit_length() - 1 for shape in column_shapes])
+        for total, along in zip((met, full), map(torch.stack, zip(*counts, strict=True)), strict=True):
+            total *= along[chosen, side]
+    cost = full + PARTIAL * (met - full)
+    if float(cost.min()) >= _ceil(tokens, rows) * _ceil(tokens, columns):
         return ROWS
-    return _tiles(rule, *best, by_keys)
+    r, c = divmod(int((cost == cost.min()).to(torch.int8).argmax()), len(column_shapes))  # the first of the cheapest
+    return _tiles(rule, row_shapes[r], column_shapes[c], by_keys)
 
 
 def _ceil(a: int, b: int) -> int:

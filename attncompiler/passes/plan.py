@@ -23,6 +23,7 @@ from attncompiler.ir.expr import (
     Q_IDX,
     TRUE,
     Apply,
+    Axis,
     Const,
     Expr,
     Kind,
@@ -41,7 +42,7 @@ from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep, TensorDecl, kind_of
 from attncompiler.passes.grid import ROWS, GridTiles, box_coverage, choose_tiles, rows_keep_some
 from attncompiler.passes.intervals import Tiles
-from attncompiler.passes.spans import Span, spans
+from attncompiler.passes.spans import Span, edges_decide, spans
 
 
 class Coverage(enum.IntEnum):
@@ -242,7 +243,7 @@ def count_kept(
     block = whole(operands, {}, extents, torch.float64, torch.device("cpu"))
     rows = spans(predicate, block, Q_IDX, KV_IDX) if min(shape) else []
     if rows is not None:
-        return _count_spans(rows, b, h)
+        return _count_spans(rows, b, h, m)
     plan = plan_predicate(predicate, operands, shape, 128, 128)
     copies = (b // plan.plan_b) * (h // plan.plan_h)
     if int(plan.partial.lengths.sum()) * 128 * 128 > most:
@@ -267,11 +268,12 @@ def _tile_heights(length: int, size: int) -> Tensor:
     return torch.clamp(length - torch.arange(math.ceil(length / size)) * size, max=size)
 
 
-def _count_spans(found: list[Span], b: int, h: int) -> int:
+def _count_spans(found: list[Span], b: int, h: int, m: int) -> int:
     """The sizes of the unions."""
     if not found:
         return 0
-    begins, ends = (torch.stack(torch.broadcast_tensors(*x)) for x in ([s.begin for s in found], [s.end for s in found]))
+    every = torch.broadcast_tensors(*(x.expand(*x.shape[:2], m) for s in found for x in (s.begin, s.end)))
+    begins, ends = torch.stack(every[0::2]), torch.stack(every[1::2])
     order = begins.argsort(0)
     begins, ends = begins.gather(0, order), ends.gather(0, order)
     reached = torch.zeros_like(begins[0])
@@ -327,18 +329,16 @@ def _plan(
 def _of_spans(keep: Keep, positions: Callable[[], Block], heads: tuple[int, int], block_q: int, block_kv: int) -> TilePlan | None:
     """The plan from the runs that each row keeps, where the predicate is made of such. Plans are kept: positions are not."""
     block = positions()
-    rows = spans(keep.predicate, block, Q_IDX, KV_IDX)
-    if rows is None:
-        return None
-    if keep.empty is Empty.SCORE:
-        kept = [span.end > span.begin for span in rows]
-        if not kept or not bool(functools.reduce(torch.logical_or, kept).all()):
-            return None
     m, n = block.extents["q_idx"], block.extents["kv_idx"]
     q_tiles, kv_tiles = math.ceil(m / block_q), math.ceil(n / block_kv)
+    if keep.empty is Empty.SCORE and not _every_row_keeps(keep.predicate, block):
+        return None
+    rows = _tile_spans(keep.predicate, block, Q_IDX, KV_IDX, block_q)
+    if rows is None:
+        return None
 
     def mirrored() -> TilePlan:
-        columns = spans(keep.predicate, positions(), KV_IDX, Q_IDX)
+        columns = _tile_spans(keep.predicate, positions(), KV_IDX, Q_IDX, block_kv)
         if columns is None:
             return TilePlan.of_coverage(block_kv, block_q, forward.coverage.transpose(2, 3).contiguous())
         ranges = _tile_ranges(columns, heads, block_kv, block_q, n, m, by_keys=True)
@@ -351,8 +351,62 @@ def _of_spans(keep: Keep, positions: Callable[[], Block], heads: tuple[int, int]
     return forward
 
 
+def _every_row_keeps(predicate: Expr, block: Block) -> bool:
+    """True where every query surely keeps a key, by the spans of the queries."""
+    kept = [span.end > span.begin for span in spans(predicate, block, Q_IDX, KV_IDX) or ()]
+    return bool(kept) and bool(functools.reduce(torch.logical_or, kept).all())
+
+
+@dataclass(frozen=True)
+class _TileSpan:
+    """Of one span of the rows of each tile: columns [first, last), from the first to the last that a row keeps, and [common_first,
+    common_last), which every row keeps. int64, broadcast over [b, h, tiles]; none where an end is not after its beginning."""
+
+    first: Tensor
+    last: Tensor
+    common_first: Tensor
+    common_last: Tensor
+
+
+def _tile_spans(predicate: Expr, block: Block, row: Axis, column: Axis, size: int) -> list[_TileSpan] | None:
+    """The spans of tiles of `size` rows; None where the predicate is not made of spans."""
+    if edges_decide(predicate, row, column):
+        by_edges = _spans_of_edges(predicate, block, row, column, size)
+        if by_edges is not None:
+            return by_edges
+    found = spans(predicate, block, row, column)
+    if found is None:
+        return None
+    length, width = block.extents[row.name], block.extents[column.name]
+    tiled = []
+    for span in found:
+        begin, end = (_in_tiles(x.expand(*x.shape[:2], length), size) for x in (span.begin, span.end))
+        some = end > begin
+        begin, end = torch.where(some, begin, width), torch.where(some, end, 0)
+        tiled.append(_TileSpan(begin.amin(-1), end.amax(-1), begin.amax(-1), end.amin(-1)))
+    return tiled
+
+
+def _spans_of_edges(predicate: Expr, block: Block, row: Axis, column: Axis, size: int) -> list[_TileSpan] | None:
+    """The same from the first and the last row of each tile, where spans only move on from row to row; None where that is not
+    exact, since one of the two rows keeps nothing."""
+    length = block.extents[row.name]
+    starts = torch.arange(0, length, size)
+    edges = torch.stack([starts, (starts + (size - 1)).clamp(max=length - 1)], 1)
+    shape = [-1 if axis == row else 1 for axis in AXES]
+    at_edges = replace(block, positions={**block.positions, row.name: edges.reshape(shape)}, memo={})
+    tiled = []
+    for span in spans(predicate, at_edges, row, column) or ():
+        begin, end = (x.expand(*x.shape[:2], edges.numel()).unflatten(2, edges.shape) for x in (span.begin, span.end))
+        tile = _TileSpan(begin[..., 0], end[..., 1], begin[..., 1], end[..., 0])
+        if bool(((end <= begin).any(-1) & (tile.last > tile.first)).any()):
+            return None
+        tiled.append(tile)
+    return tiled or None
+
+
 def _tile_ranges(
-    of: list[Span], heads: tuple[int, int], row_block: int, column_block: int, length: int, width: int, by_keys: bool
+    of: list[_TileSpan], heads: tuple[int, int], row_block: int, column_block: int, length: int, width: int, by_keys: bool
 ) -> tuple[TileRanges, TileRanges, TileRanges]:
     """Visited, full and partial tiles of every row of tiles, from the spans of its rows.
 
@@ -360,18 +414,16 @@ def _tile_ranges(
     rows, tiles = math.ceil(length / row_block), math.ceil(width / column_block)
     edges = []
     for span in of:
-        begin, end = (_in_tiles(x.expand(*heads, length), row_block) for x in (span.begin, span.end))
-        some = end > begin
-        begin, end = torch.where(some, begin, width), torch.where(some, end, 0)
-        first, last = begin.amin(-1) // column_block, (end.amax(-1) + column_block - 1) // column_block
-        inner_first, common = (begin.amax(-1) + column_block - 1) // column_block, end.amin(-1)
+        some = span.last > span.first
+        first, last = span.first // column_block, (span.last * some + (column_block - 1)) // column_block
+        inner_first, common = (span.common_first + (column_block - 1)) // column_block, span.common_last
         inner_last = torch.where(common == width, tiles, common // column_block) if by_keys else common // column_block
-        if by_keys and length % row_block:
-            inner_last[..., -1] = 0
         last = torch.maximum(first, last)
         inner_first = torch.minimum(torch.maximum(inner_first, first), last)
         inner_last = torch.minimum(torch.maximum(inner_last, inner_first), last)
-        edges.append(torch.stack([first, last, inner_first, inner_last], -1).reshape(-1, 4))
+        if by_keys and length % row_block:
+            inner_last[..., -1] = inner_first[..., -1]
+        edges.append(torch.stack([x.expand(*heads, rows) for x in (first, last, inner_first, inner_last)], -1).reshape(-1, 4))
     if not edges:
         nothing = torch.zeros(heads[0] * heads[1] * rows, 1, dtype=torch.int64)
         return (_runs(nothing, [nothing[:, 0] > 0]),) * 3

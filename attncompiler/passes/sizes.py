@@ -79,6 +79,8 @@ class IndexSpace:
 
     def reshape(self, index: Sequence[Expr], out_shape: Sequence[Extent], in_shape: Sequence[Extent]) -> tuple[Expr, ...]:
         """The index into `in_shape` of the element that stands at `index` after a view to `out_shape`."""
+        if any(same(size, 0) for size in out_shape):
+            raise Unrecognised("a view of a tensor without elements")
         result: list[Expr] = []
         for outs, ins in _groups(out_shape, in_shape):
             digits = [(index[place], out_shape[place]) for place in outs if not same(out_shape[place], 1)]

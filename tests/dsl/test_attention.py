@@ -219,6 +219,25 @@ def test_masks_made_inside_a_compiled_function() -> None:
     agree(compiled(q, k, v), attend(q, k, v), (q, k, v))
 
 
+def test_the_algebra_inside_a_compiled_function() -> None:
+    q, k, v = operands(hk=4)
+    near, causal = masks.window(6), masks.causal()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = (causal & near).complement() & causal | (lambda b, h, q_idx, kv_idx: q_idx == kv_idx) & near
+        out = attncompiler.attention(q, k, v, keep=mask if causal != near else near)
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(attend, backend="attncompiler", fullgraph=True, options={"inner": "eager"})
+    agree(compiled(q, k, v), attend(q, k, v), (q, k, v))
+
+    broken = torch.compile(
+        lambda q: attncompiler.attention(q, q, q, keep=~causal), backend="attncompiler"
+    )  # Dynamo can't trace `~`
+    torch.testing.assert_close(broken(q), attncompiler.attention(q, q, q, keep=~causal))
+
+
 def test_draws_are_recognised() -> None:
     q, k, v = (t.detach().float() for t in operands(hk=4))
     mask = masks.sampled(torch.tensor([3]), [1.0, 0.6, 0.3], 4)

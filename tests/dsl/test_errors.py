@@ -128,6 +128,18 @@ def test_a_mask_that_keeps_nothing_is_named_once(mask: Mask) -> None:
     assert mask.keeps_nothing(2, 4, 24, 24)
 
 
+@pytest.mark.parametrize("mask", [masks.causal() & masks.causal().complement(), masks.window(2) & masks.causal(-3)], ids=str)
+def test_a_mask_that_keeps_nothing_is_named_when_compiled(mask: Mask) -> None:
+    compiled = torch.compile(call, backend="attncompiler", options={"inner": "eager"}, fullgraph=True)
+    with pytest.warns(
+        UserWarning, match=r"attention at .* keeps no key for any of 2 x 4 x 24 queries over 24 keys: the output is zero"
+    ):
+        assert not compiled(mask).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(mask)
+
+
 @pytest.mark.parametrize(
     "mask",
     [masks.causal(-5), masks.padding(torch.tensor([0, 1])), ~masks.sink(23) & masks.causal(), masks.blocks(5) & ~masks.causal()],
