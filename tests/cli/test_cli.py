@@ -105,7 +105,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["kept_pairs"] == 8 * sum(min(i + 1, 7) for i in range(512))
     assert (found["visited_tiles"], found["full_tiles"], found["worst_row_tiles"]) == (8 * 11, 0, 3)
-    assert found["bound_tiles"] == 32 / 11 and found["bound_worst"] == 2 and found["predicted_ms"] > 0 and found["build_ms"] > 0
+    assert found["bound_tiles"] == 32 / 11 and found["bound_worst"] == 8 / 3 and found["predicted_ms"] > 0 and found["build_ms"] > 0
 
 
 def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
