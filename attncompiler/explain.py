@@ -91,7 +91,7 @@ def _region(site: Site) -> Region:
 
 def kernel_source(program: Attention, schedule: Schedule) -> str:
     """The generated file of a program, forward and backward. Raises: UnsupportedProgram."""
-    return emit(program, schedule, Layout(static_groups(program), frozenset(program.differentiable)))
+    return emit(program, schedule, Layout.of(static_groups(program), frozenset(program.differentiable)))
 
 
 def preview_site(site: Site, target: Target | None = None) -> Preview:

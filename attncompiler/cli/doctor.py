@@ -118,7 +118,7 @@ def _portable() -> str:
 
 def _cross(target: Target) -> str:
     program = parse(_PROGRAM)
-    layout = Layout(static_groups(program), frozenset(program.differentiable))
+    layout = Layout.of(static_groups(program), frozenset(program.differentiable))
     kernels = cross_compile(program, choose_schedule(program, target, target.descriptors), layout, target)
     if not all(kernel.fits for kernel in kernels):
         raise RuntimeError("a kernel needs more shared memory than a block has")

@@ -96,4 +96,4 @@ def _kernel_names(region: Inspected) -> list[str]:
 
 
 def _chosen(region: Inspected) -> tuple[Schedule, Layout]:
-    return region.preview.schedule, Layout(static_groups(region.program), frozenset(region.program.differentiable))
+    return region.preview.schedule, Layout.of(static_groups(region.program), frozenset(region.program.differentiable))

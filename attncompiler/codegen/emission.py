@@ -61,6 +61,11 @@ class Layout:
     has_grad_lse: bool = False
     described: frozenset[str] = frozenset()
 
+    @staticmethod
+    def of(groups: tuple[int, ...], wanted: frozenset[str]) -> Layout:
+        """That of operands which lie dense in memory."""
+        return Layout(groups, wanted, described=wanted)
+
 
 class Emission:
     """The names and pieces that the kernels of one program share."""

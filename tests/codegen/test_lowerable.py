@@ -16,6 +16,8 @@ from attncompiler.explain import kernel_source
 from attncompiler.ir import Route, parse_program, program_line, to_text
 from attncompiler.ir.expr import Const
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
+from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import TARGETS
 from tests.programs import operands, program
 
 ATTENTION = to_text(program("plain", 5, 5, 16, 16)).replace("attention\n", "attention  # model.py:41\n")
@@ -56,7 +58,11 @@ def test_the_op_refuses_real_and_fake() -> None:
         torch.ops.attncompiler.attention([mode.from_tensor(tensor) for tensor in made], [], line)
 
 
-@pytest.mark.parametrize("lower", [kernel_source, lambda p: portable.forward(p, operands(p), {})], ids=["kernels", "portable"])
+@pytest.mark.parametrize(
+    "lower",
+    [lambda p: kernel_source(p, choose_schedule(p, TARGETS["sm_90"])), lambda p: portable.forward(p, operands(p), {})],
+    ids=["kernels", "portable"],
+)
 def test_lowerings_refuse_a_route(lower: Callable[..., object]) -> None:
     with pytest.raises(UnsupportedProgram, match="route"):
         lower(replace(program("plain", 5, 5, 16, 16), route=Route(gain=Const(2.0))))

@@ -60,7 +60,7 @@ def test_unsupported_programs_say_why(dtype: str, d: int) -> None:
 def test_kernels_compile_and_fit_every_target(target: Target, dtype: str) -> None:
     for d in (64, 128):
         p = program(dtype, d)
-        kernels = cross_compile(p, choose_schedule(p, target, target.descriptors), Layout((1, 2, 2), frozenset("qkv")), target)
+        kernels = cross_compile(p, choose_schedule(p, target, target.descriptors), Layout.of((1, 2, 2), frozenset("qkv")), target)
         assert {k.name for k in kernels} == {
             "attention_forward", "attention_delta", "attention_backward_queries", "attention_backward_keys",
         }  # fmt: skip

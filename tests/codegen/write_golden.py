@@ -31,7 +31,7 @@ def golden_source(target: str) -> str:
     """Causal grouped-query attention in bfloat16 with 64 channels."""
     p = program()
     chosen = TARGETS[target]
-    return emit(p, choose_schedule(p, chosen, chosen.descriptors), Layout((1, 2, 2), frozenset("qkv")))
+    return emit(p, choose_schedule(p, chosen, chosen.descriptors), Layout.of((1, 2, 2), frozenset("qkv")))
 
 
 if __name__ == "__main__":
