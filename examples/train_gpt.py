@@ -9,6 +9,8 @@ written for attncompiler; `torch.compile(model, backend="attncompiler")` finds i
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import inspect
 import json
 import math
@@ -143,6 +145,9 @@ def _memory(device: str, start: bool) -> float:
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if start:
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what compiling left free in the heap would hide what the steps need
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     field = "VmRSS" if start else "VmHWM"
     return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) / 2**10

@@ -72,6 +72,8 @@ def row_holes(e: Emission, kernel: str, row_tile: str) -> dict[str, str]:
     moving = queries if queries.moves else keys
     origins = origin_names(moving)
     return {
+        "first_words": hopper_rows.FIRST_WORDS,
+        "next_words": hopper_rows.NEXT_WORDS,
         "read_row": fill(
             hopper_rows.READ_ROW,
             row_tile=row_tile,

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 
 from attncompiler.ir.expr import TRUE, ZERO, Axis, Expr, Kind
 from attncompiler.ir.program import TensorDecl
-from attncompiler.ir.tables import Form
+from attncompiler.ir.tables import Among, Form
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(Form):
+class TopK(Among):
     """True for the `k` largest values of each row; k is an integer of the row, 0 and less keep nothing."""
 
     value: Expr
@@ -43,10 +43,6 @@ class TopK(Form):
     over: tuple[Axis, ...]
     where: Expr = TRUE
     keeps = True
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.value, self.where)
 
     @property
     def limits(self) -> tuple[Expr, ...]:
@@ -57,7 +53,7 @@ class TopK(Form):
 
 
 @dataclass(frozen=True, slots=True)
-class TopSum(Form):
+class TopSum(Among):
     """True for the values of each row, from the largest, before which the sum is below `need`, and for the first `least` anyway.
 
     So the last one kept is the one that reaches `need`; after a NaN nothing more is. A share of the row is need = share * its
@@ -71,10 +67,6 @@ class TopSum(Form):
     keeps = True
 
     @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.value, self.where)
-
-    @property
     def limits(self) -> tuple[Expr, ...]:
         return (self.need, self.least)
 
@@ -83,7 +75,7 @@ class TopSum(Form):
 
 
 @dataclass(frozen=True, slots=True)
-class Argsort(Form):
+class Argsort(Among):
     """The positions along `over` in order of the values, as many as the axis `into` has places."""
 
     value: Expr
@@ -91,10 +83,6 @@ class Argsort(Form):
     into: Axis
     where: Expr = TRUE
     descending: bool = False
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.value, self.where)
 
     def kind(self, decls: Mapping[str, TensorDecl]) -> Kind:
         return Kind.INT

@@ -57,6 +57,18 @@ class Form:
         raise NotImplementedError
 
 
+class Among(Form):
+    """Base of forms of the values along `over`, among the positions where `where` holds."""
+
+    __slots__ = ()
+    value: Expr
+    where: Expr
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (self.value, self.where)
+
+
 @dataclass(frozen=True, slots=True)
 class Each(Form):
     """table = value, at each position."""
@@ -83,17 +95,13 @@ class Fold(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Reduce(Form):
+class Reduce(Among):
     """table = `by` of the values along the axes `over`, of those where `where` holds."""
 
     by: Fold
     value: Expr
     over: tuple[Axis, ...]
     where: Expr = TRUE
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.value, self.where)
 
     def kind(self, decls: Mapping[str, TensorDecl]) -> Kind:
         if self.by is Fold.MEAN:
@@ -109,7 +117,7 @@ class Run(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Along(Form):
+class Along(Among):
     """table = `run` of the values along the axes `over`, among those where `where` holds."""
 
     run: Run
@@ -117,10 +125,6 @@ class Along(Form):
     over: tuple[Axis, ...]
     where: Expr = TRUE
     keeps = True
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        return (self.value, self.where)
 
     def kind(self, decls: Mapping[str, TensorDecl]) -> Kind:
         return Kind.FLOAT if self.run is Run.SOFTMAX else kind_of(self.value, decls)

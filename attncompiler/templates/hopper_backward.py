@@ -88,7 +88,7 @@ ROWS = """
 def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
     first_held, second_held, held_ready, held_free = held
     first_ring, second_ring, ready, free, statistics_ring = stream
-    message, row_ready, row_free = messages
+    words_of, row_ready, row_free = messages
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {streamed_rows}, 16])
@@ -102,13 +102,9 @@ def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
     phase = 0
     turn = 0
     place = 0
-    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])  # each thread holds all words
-    places = gl.arange(0, 16, EVERYWHERE)
-    mbarrier.wait(row_ready.index(0), 0)
-    words = message.index(0).load(EVERYWHERE)
+    {first_words}
     while _word(words, places, 0) >= 0:
         {read_row}
-        mbarrier.arrive(row_free.index(turn % 2))
         {row_positions}
         at = place % 2 * 2 + PART
         {start}
@@ -116,8 +112,7 @@ def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
         {every_tile}
         {finish}
         turn += 1
-        mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
-        words = message.index(turn % 2).load(EVERYWHERE)
+        {next_words}
     {drain}
 """
 

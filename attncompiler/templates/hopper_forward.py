@@ -64,7 +64,7 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
 
 @gluon.jit
 def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexpr):
-    q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
+    q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
     k_ring, v_ring = rings
@@ -79,13 +79,9 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
     v_slot = 0
     v_phase = 0
     turn = 0
-    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])  # each thread holds all words
-    places = gl.arange(0, 16, EVERYWHERE)
-    mbarrier.wait(row_ready.index(0), 0)
-    words = messages.index(0).load(EVERYWHERE)
+    {first_words}
     while _word(words, places, 0) >= 0:
         {read_row}
-        mbarrier.arrive(row_free.index(turn % 2))
         {query_positions}
         q_at = turn % 2 * 2 + GROUP
         q_buffer = q_buffers.index(q_at)
@@ -139,8 +135,7 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
         gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, (m_i + gl.log2(l_i)) * {ln2}, mask=q_idx < M)
         turn += 1
-        mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
-        words = messages.index(turn % 2).load(EVERYWHERE)
+        {next_words}
     tma.store_wait(0)
 
 

@@ -61,7 +61,20 @@ def _word(words, places, i: gl.constexpr):
     return gl.sum(gl.where(places == i, words, 0), 0)
 '''
 
-# The numbers of a row, as the groups read them from a message.
+# How a group hears of its first row, and of each that follows; a negative batch ends them.
+FIRST_WORDS = """
+EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])  # each thread holds all words
+places = gl.arange(0, 16, EVERYWHERE)
+mbarrier.wait(row_ready.index(0), 0)
+words = words_of.index(0).load(EVERYWHERE)
+"""
+
+NEXT_WORDS = """
+mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
+words = words_of.index(turn % 2).load(EVERYWHERE)
+"""
+
+# The numbers of a row, as the groups read them from a message; what it lay in may then be written again.
 READ_ROW = """
 b = _word(words, places, 0)
 h = _word(words, places, 1)
@@ -75,6 +88,7 @@ partial_at = _word(words, places, 8)
 partial_first = _word(words, places, 9)
 partial_last = _word(words, places, 10)
 {origin_words}
+mbarrier.arrive(row_free.index(turn % 2))
 """
 
 # All tiles of a row: those at an edge of the mask or of the tensors, `masked`, then those whose every pair is kept.

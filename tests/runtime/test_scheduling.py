@@ -13,7 +13,7 @@ from attncompiler import masks
 from attncompiler.dsl.attention import declare
 from attncompiler.explain import preview_site, trace
 from attncompiler.masks import Mask
-from attncompiler.runtime import prepared
+from attncompiler.runtime import planning, prepared
 from attncompiler.runtime.prepared import Prepared
 from attncompiler.tuning.target import TARGETS
 
@@ -117,3 +117,26 @@ def test_nothing_to_attend_to_has_no_speed(m: int, n: int) -> None:
 
     explanation = attncompiler.explain(attend, _of(1, 2, m), _of(1, 2, n), _of(1, 2, n))
     assert all(region.speed_of_light is None for region in explanation.regions) and str(explanation)
+
+
+def test_rows_are_shared_out_fairly() -> None:
+    """Every row once, in the order of `_place`, each to the program that is done first; then the number of rows."""
+    work = [130.0 - row // 8 for row in range(1024)] * 2
+    shares = planning.fair_shares(work, 132)
+    assert sorted(shares[shares < len(work)].tolist()) == list(range(len(work))) and bool((shares[-1] == len(work)).all())
+    loads = torch.tensor([*work, 0.0])[shares.long()].sum(0)
+    assert loads.max() <= loads.mean() + work[0] * 0.1
+    many = planning.fair_shares([1.0] * 40000, 7)
+    assert sorted(many[many < 40000].tolist()) == list(range(40000)) and bool((many[-1] == 40000).all())
+
+
+@pytest.mark.parametrize(
+    ("mask", "narrow"),
+    [(masks.causal(), False), (masks.strided(64, 4, 4, heads=2), True), (masks.causal() & masks.window(1024), False)],
+)
+def test_key_tiles_are_narrow_where_wide_ones_would_be_cut_through(mask: Mask, narrow: bool) -> None:
+    declared = declare(*[_of(1, 2, 4096)] * 3, keep=mask)
+    operands = dict(zip("qkv", [_of(1, 2, 4096) for _ in range(3)], strict=True))
+    with mock.patch.object(prepared, "target_of", lambda device: TARGETS["sm_90"]):
+        schedule = Prepared(declared.program, operands, {}).schedule
+    assert schedule.warp_roles and schedule.forward.block_n == (64 if narrow else 128)
