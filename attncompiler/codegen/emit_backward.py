@@ -304,12 +304,19 @@ def delta_source(e: Emission) -> str:
         load_grad_o=_load_grad_o(e, where.at("q_tile * BLOCK_M"), False),
         load_rows=reference,
         load_rcp=_load_rcp(e),
-        accumulators="delta = tl.zeros([BLOCK_M], tl.float32)",
+        accumulators="\n".join(f"{name} = tl.zeros([BLOCK_M], tl.float32)" for name in _delta_sums(e)),
         loops=_over_keys(e, DELTA, names, (), lambda names, masked: _delta_lines(e, names)),
-        store=store,
+        store="\n".join([*([] if e.program.weigh.extra else [softmax_backward.FINISH_MEAN]), store]),
     ).replace("BLOCK_DV", str(e.value.block))
+
+
+def _delta_sums(e: Emission) -> tuple[str, ...]:
+    """What the walk over keys sums; extra scores have a share of the weights, so that P * dP has no mean."""
+    return ("delta",) if e.program.weigh.extra else ("delta", "weight", "pivot")
 
 
 def _delta_lines(e: Emission, names: Names) -> list[str]:
     lines, gradient = _factor_lines(e, names)
-    return [*lines, f"delta += tl.sum(p * ({gradient}), 1)"]
+    if e.program.weigh.extra:
+        return [*lines, f"delta += tl.sum(p * ({gradient}), 1)"]
+    return [*lines, f"gradient = {gradient}", softmax_backward.ADD_TO_MEAN.strip()]

@@ -6,7 +6,9 @@ makes those of the key side. That one has keys on rows, so that no register tile
 miscompiles that on Hopper).
 
 delta is also rowsum(P * dP). Summed from the P and dP that dS is made of, by a walk of its own over the keys, it leaves in a sum of
-dS over keys the rounding of that sum only; rowsum(O * dO) leaves that of O, which is rounded to the operands' dtype.
+dS over keys the rounding of that sum only; rowsum(O * dO) leaves that of O, which is rounded to the operands' dtype. Where P sums
+to 1, it is the mean of dP, and is summed as such, from the dP of a heavy key: a row that has one key has dS = 0 then, as it should,
+however its weight of 1 is rounded.
 """
 
 DELTA = """
@@ -45,6 +47,15 @@ STORE_DELTA = """
 tl.store(Delta + rows, delta, mask=q_idx < M)
 tl.store(Reference + rows, reference, mask=q_idx < M)
 """
+
+ADD_TO_MEAN = """
+heaviest = tl.max(tl.where(p == tl.max(p, 1)[:, None], gradient, float("-inf")), 1)
+pivot = tl.where(weight == 0.0, heaviest, pivot)
+delta += tl.sum(p * (gradient - pivot[:, None]), 1)
+weight += tl.sum(p, 1)
+"""
+
+FINISH_MEAN = "delta = tl.where(weight == 0.0, 0.0, pivot + delta / weight)"
 
 LOAD_DELTA = """
 reference = tl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
