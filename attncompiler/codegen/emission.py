@@ -27,7 +27,7 @@ from attncompiler.ir.expr import (
     with_axis_alone,
 )
 from attncompiler.ir.program import Attention, Dtype, Empty
-from attncompiler.passes.grid import grid_rule
+from attncompiler.passes.grid import grid_rule, split_axis
 from attncompiler.passes.plan import keeps_only_keys, score_where_kept
 from attncompiler.tuning.schedule import Schedule
 
@@ -287,7 +287,7 @@ def corner(head: str, group: int, at: tuple[str, ...]) -> str:
 
 def halved(box: tuple[int, ...]) -> tuple[int, ...]:
     """The first half of the tokens of a box, in their order."""
-    place = next(i for i, side in enumerate(box) if side > 1)
+    place = split_axis(box)
     return (*box[:place], box[place] // 2, *box[place + 1 :])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attncompiler.codegen.emission import Emission, Vector, corner, element_gradients, parameters_of, side_of, tag, vector_reads
 from attncompiler.codegen.emit_backward import KEYS, gradient_text, pair_gradients, scaled
+from attncompiler.codegen.group_bounds import group_test
 from attncompiler.codegen.hopper import (
     element_type,
     every_tile,
@@ -46,6 +47,8 @@ class _Side:
         of_side = "kv" if self.by_keys else "q"
         self.elements = [r for r in element_gradients(e.program, wanted) if side_of(r) == of_side]
         self.factors: dict[str, float] = {}
+        starts = f"{self.row_tile} * {self.held_rows} + PART * 64", f"tile * {self.streamed_rows}"
+        self.test = group_test(e, self.stays, self.moves, *starts, self.streamed_rows)
 
     def source(self) -> str:
         names = self.e.names(self.kernel, frozenset({self.stays.axis.name}))
@@ -131,10 +134,8 @@ class _Side:
         weights = _where_masked(self._weights(names, True), self._weights(names, False))
         gradients = self._gradients(names)
         statistics = "statistics_ring.index(slot * 2{}).load(gl.SliceLayout(0, SCORES))"
-        return fill(
-            hopper_backward.TILE,
-            moving_positions=self._positions("within", held=False),
-            reads="\n".join(names.lines),
+        products = fill(
+            hopper_backward.PRODUCTS,
             left=left,
             right=right,
             streamed_reference=f"reference = {statistics.format('')}" if self.by_keys else "",
@@ -145,6 +146,11 @@ class _Side:
             outstanding="1" if self._values() else "0",
             gradients="\n".join(gradients),
         )
+        test = self.test
+        if test.may:
+            products = fill(hopper_backward.WHERE_NEEDED, bounds=test.lines, may=test.may, products=products)
+        positions = self._positions("within", held=False)
+        return fill(hopper_backward.TILE, moving_positions=positions, reads="\n".join(names.lines), products=products)
 
     def _weights(self, names: Names, masked: bool) -> str:
         """What makes the weights of a tile from its products."""
@@ -194,6 +200,7 @@ class _Side:
         if self.members > 1:
             start = [f"{name} = gl.where(h % {self.members} == 0, no_sums, {name})" for name in sums]
         start += [f"d_{tag(self.e, r)} = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))" for r in self.elements]
+        start.append(self.test.row_lines)
         if not self.by_keys:
             start += ["rows = (b.to(tl.int64) * H + h) * M + q_idx", softmax_backward.LOAD_DELTA.strip()]
         sent = self._sent()

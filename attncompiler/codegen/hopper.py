@@ -14,6 +14,7 @@ from attncompiler.codegen.positions import TilePositions
 from attncompiler.codegen.text import fill
 from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.ir.program import Dtype
+from attncompiler.passes.grid import split_axis
 from attncompiler.templates import hopper_rows
 
 REGISTERS = 168  # a thread's share of 64K over 12 warps; the groups that compute take what the loading warp gives back
@@ -119,7 +120,7 @@ def head_of(vector: Vector) -> str:
 def of_group(positions: TilePositions, start: str, box: tuple[int, ...], group: str) -> tuple[str, ...]:
     """Where the 64 rows of one group begin: the groups have half of a tile each, in the order of its tokens."""
     at = list(positions.at(start))
-    place = next(i for i, side in enumerate(box) if side > 1)
+    place = split_axis(box)
     at[place] += f" + {group} * {halved(box)[place]}"
     return tuple(at)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from attncompiler.codegen.triton_expr import Names, number, pointer_name, stride_name, triton
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.evaluate import LARGEST_UNIFORM
-from attncompiler.ir.expr import Apply, Axis, Const, Expr, Kind, Read, Size, Uniform, axes_of, reads_of
+from attncompiler.ir.expr import Apply, Axis, Const, Expr, Kind, Read, Size, Uniform, axes_of, reads_of, walk
 from attncompiler.ir.program import Attention, Dtype, kind_of
 
 
@@ -253,6 +253,24 @@ class TileBounds:
             pick.format(condition.lo, yes.lo, condition.hi, either[0], no.lo),
             pick.format(condition.lo, yes.hi, condition.hi, either[1], no.hi),
         )
+
+
+@dataclass
+class EndBounds(TileBounds):
+    """Bounds made of the ends of a tile alone, `name`_lo and `name`_hi for each of `ends`: scalars, in `lines`."""
+
+    ends: Mapping[Expr, str] = field(default_factory=dict)
+
+    def _bounds(self, expr: Expr) -> Bounds:
+        kind = kind_of(expr, self.program.decls)
+        if expr in self.ends:
+            return Bounds(f"{self.ends[expr]}_lo", f"{self.ends[expr]}_hi", kind)
+        if not any(node in self.ends for node in walk(expr)):
+            value = triton(expr, self.row_names)
+            return Bounds(value, value, kind)
+        if not isinstance(expr, Apply):
+            raise UnsupportedProgram("the mask reads a tensor at the positions of a tile")
+        return self._rule(expr, kind)
 
 
 _RULES: Mapping[str, Callable[..., tuple[str, str]]] = {

@@ -276,6 +276,15 @@ class AxisBoxes:
         _, count, first, last = self._cut(size)
         return count.sum((1, 2)), (last - first).sum((1, 2))
 
+    def met_by_halves(self, halves: AxisBoxes, columns: Tensor) -> Tensor:
+        """How many column tiles are met by each half of a tile of rows, the mean of both, over all rows, as `counts` has it."""
+        size = columns[:, None, None, None]
+        origin = self._cut(columns[:, None, None])[0][..., None]
+        start, stop = (torch.nn.functional.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2)) for x in (halves.start, halves.stop))
+        first, last = (start - origin) // size, -(-(stop - origin) // size)
+        met: Tensor = (last - first) * (stop > start)
+        return met.sum((1, 2, 3)) / 2
+
     def cut(self, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For each tile of rows: the token where its first column tile begins, how many it meets, and the range of full ones."""
         origin, count, first, last = self._cut(torch.tensor(columns))
@@ -341,9 +350,9 @@ PARTIAL = 1.45  # what a tile with a mask costs beside one without (docs/perform
 
 
 @functools.lru_cache(maxsize=512)
-def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys: bool = False) -> GridTiles:
+def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys: bool = False, halves: bool = False) -> GridTiles:
     """Boxes of `rows` and `columns` tokens that leave the least to visit; ROWS where the predicate is not of a grid, or all of it
-    is met. `by_keys`: keys stay, queries move."""
+    is met. `by_keys`: keys stay, queries move. `halves`: each half of a tile of rows leaves out what the other alone needs."""
     rule = grid_rule(predicate, tokens)
     if rule is None:
         return ROWS
@@ -359,8 +368,15 @@ def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys:
             return ROWS
         chosen = torch.tensor([lengths.index(shape[place]) for shape in row_shapes])[:, None]
         side = torch.tensor([shape[place].bit_length() - 1 for shape in column_shapes])
-        for total, along in zip((met, full), map(torch.stack, zip(*counts, strict=True)), strict=True):
-            total *= along[chosen, side]
+        met_along, full_along = (torch.stack(each).double()[chosen, side] for each in zip(*counts, strict=True))
+        for row, shape in enumerate(row_shapes if halves else ()):
+            half = _boxes(rule, place, shape[place] // 2, by_keys) if split_axis(shape) == place else None
+            if half is not None:
+                whole_box = boxes[lengths.index(shape[place])]
+                assert whole_box is not None
+                met_along[row] = whole_box.met_by_halves(half, sides)[side]
+        met *= met_along
+        full *= full_along
     cost = full + PARTIAL * (met - full)
     if float(cost.min()) >= _ceil(tokens, rows) * _ceil(tokens, columns):
         return ROWS
@@ -384,6 +400,11 @@ def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_k
         last = origin + (count * c - 1) * boxes.dilation
         inside = inside and bool((origin[met] >= 0).all()) and bool((last[met] < length).all())
     return GridTiles(tuple(axes), inside)
+
+
+def split_axis(box: tuple[int, ...]) -> int:
+    """The axis along which the first and the second half of a box's tokens, in their order, lie beside each other."""
+    return next(place for place, side in enumerate(box) if side > 1)
 
 
 def box_shapes(size: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:

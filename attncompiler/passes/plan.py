@@ -206,8 +206,10 @@ def plan_boxes(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool = F
     )  # fmt: skip
 
 
-def tiles_for(program: Attention, sizes: Mapping[str, int], block_q: int, block_kv: int, by_keys: bool = False) -> GridTiles:
-    """Boxes to cut the tokens of a program into, where its mask is one of a grid; ROWS elsewhere."""
+def tiles_for(
+    program: Attention, sizes: Mapping[str, int], block_q: int, block_kv: int, by_keys: bool = False, halves: bool = False
+) -> GridTiles:
+    """Boxes to cut the tokens of a program into, where its mask is one of a grid; ROWS elsewhere. `halves`: as in choose_tiles."""
     extents = extents_of(program, sizes)
     tokens, keep = extents["q_idx"], program.keep
     if tokens != extents["kv_idx"] or tokens == 0:
@@ -215,7 +217,7 @@ def tiles_for(program: Attention, sizes: Mapping[str, int], block_q: int, block_
     if keep.empty is Empty.SCORE and not rows_keep_some(keep.predicate, tokens):
         return ROWS
     rows, columns = (block_kv, block_q) if by_keys else (block_q, block_kv)
-    return choose_tiles(keep.predicate, tokens, rows, columns, by_keys)
+    return choose_tiles(keep.predicate, tokens, rows, columns, by_keys, halves)
 
 
 def build_boxes(program: Attention, sizes: Mapping[str, int], tiles: GridTiles, by_keys: bool, device: torch.device) -> TilePlan:

@@ -120,6 +120,12 @@ TILE = """
 {moving_positions}
 {reads}
 mbarrier.wait(ready.index(slot), phase)
+{products}
+mbarrier.arrive(free.index(slot))
+slot, phase = _next_slot(slot, phase, {stages})
+"""
+
+PRODUCTS = """
 {left} = first_ring.index(slot).reshape([{streamed_rows}, {d}])
 {right} = second_ring.index(slot).reshape([{streamed_rows}, {d}])
 qk = warpgroup_mma(first, {left}.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -132,8 +138,16 @@ dp = warpgroup_mma_wait({outstanding}, (dp,))
 {streamed_delta}
 ds = p * (dp - delta{along})
 {gradients}
-mbarrier.arrive(free.index(slot))
-slot, phase = _next_slot(slot, phase, {stages})
+"""
+
+# Where the mask can say so, a group leaves out the tiles that only the other one's rows need.
+WHERE_NEEDED = """
+needed = gl.to_tensor(True)
+if masked:
+    {bounds}
+    needed = {may}
+if needed:
+    {products}
 """
 
 WEIGHTS = """

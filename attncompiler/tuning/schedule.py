@@ -111,10 +111,12 @@ def _tiles(kernel: KernelSchedule, program: Attention, sizes: Mapping[str, int])
 def in_boxes(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -> Schedule:
     """The same with tiles that are boxes of the grid that the program's mask speaks of, where it speaks of one."""
 
-    def boxed(kernel: KernelSchedule, by_keys: bool) -> KernelSchedule:
-        return replace(kernel, tiles=tiles_for(program, sizes, kernel.block_m, kernel.block_n, by_keys))
+    def boxed(kernel: KernelSchedule, by_keys: bool, halves: bool = False) -> KernelSchedule:
+        return replace(kernel, tiles=tiles_for(program, sizes, kernel.block_m, kernel.block_n, by_keys, halves))
 
-    kernels = boxed(schedule.forward, False), boxed(schedule.backward_queries, False), boxed(schedule.backward_keys, True)
+    halves = schedule.warp_roles  # the two groups of templates/hopper_backward.py
+    backward = boxed(schedule.backward_queries, False, halves), boxed(schedule.backward_keys, True, halves)
+    kernels = boxed(schedule.forward, False), *backward
     if not all(kernel.tiles for kernel in kernels):
         return schedule
     delta = boxed(schedule.delta, False) if schedule.delta_over_keys else schedule.delta
