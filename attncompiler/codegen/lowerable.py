@@ -1,4 +1,4 @@
-"""What the lowerings can take: of all that the language says, one attention without a route. The rest is refused here."""
+"""What the lowerings can take: of all that the language says, one attention. The rest is refused here."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from attncompiler.ir.tables import Tables
 
 @functools.lru_cache(maxsize=4096)
 def parse_lowerable(text: str) -> Attention:
-    """The attention that a program's text says. Raises: ParseError; UnsupportedProgram as `lowerable` does."""
-    return lowerable(parse_program(text))
+    """The attention that a program's text says. Raises: ParseError; UnsupportedProgram as `single_attention` does."""
+    return single_attention(parse_program(text))
 
 
-def lowerable(program: Program | Attention) -> Attention:
+def lowerable(program: Attention) -> Attention:
+    """The program itself. Raises: UnsupportedProgram for a route, which the caller takes first (passes/compact_rows.py)."""
+    if program.route != Route():
+        raise UnsupportedProgram("a kernel knows of no route", where=program.origin.line, do="compact its rows first")
+    return single_attention(program)
+
+
+def single_attention(program: Program | Attention) -> Attention:
     """The attention that a program is. Raises: UnsupportedProgram, naming the first clause that has no kernel."""
     phases = program.phases if isinstance(program, Program) else (Phase(program, ()),)
     for phase in phases:
@@ -48,6 +55,4 @@ def _not_there(phase: Phase) -> str:
     if isinstance(work, Tables):
         numbers = all(work.decls[table.name].dtype.kind is Kind.FLOAT for table in work.tables)
         return "a sum beside an attention (tables)" if numbers else "a choice of keys made from the data (select)"
-    if isinstance(work, State):
-        return "linear attention (state)"
-    return "attention whose heads are switched or scaled for each query (route)" if work.route != Route() else ""
+    return "linear attention (state)" if isinstance(work, State) else ""

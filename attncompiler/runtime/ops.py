@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attncompiler.codegen.lowerable import parse_lowerable
-from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention, Dtype
+from attncompiler.ir.program import Route
 from attncompiler.runtime.lowering import backward, forward
+from attncompiler.runtime.outputs import bind, new_outputs
+from attncompiler.runtime.routed_ops import routed_attention
 
 _LIBRARY = torch.library.Library("attncompiler", "DEF")
 _FORWARD = "(Tensor[] operands, SymInt[] sizes, str program, bool heads_first=False) -> (Tensor, Tensor, Tensor)"
@@ -24,10 +25,6 @@ _LIBRARY.define(
 )
 
 
-def _bind(program: Attention, operands: Sequence[Tensor], sizes: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    return dict(zip(program.decls, operands, strict=True)), dict(zip(program.sizes, sizes, strict=True))
-
-
 @torch.library.impl(_LIBRARY, "attention", "CompositeImplicitAutograd")
 def attention(
     operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
@@ -35,6 +32,8 @@ def attention(
     """O, lse and rcp of a program given as text, with gradients (docs/design.md, contracts).
 
     What is compiled calls `attention_forward` and `attention_backward`: past autograd, its rule would only cost time."""
+    if parse_lowerable(program).route != Route():
+        return routed_attention(operands, sizes, program, heads_first)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         found: tuple[Tensor, Tensor, Tensor] = _Attention.apply(sizes, program, heads_first, *operands)  # type: ignore[no-untyped-call]
         return found
@@ -47,7 +46,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp, below autograd. In memory O is [b, q_idx, h, Dv], or [b, h, q_idx, Dv] with `heads_first`."""
     parsed = parse_lowerable(program)
-    return forward(parsed, *_bind(parsed, operands, sizes), heads_first)
+    return forward(parsed, *bind(parsed, operands, sizes), heads_first)
 
 
 @torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
@@ -64,7 +63,7 @@ def attention_backward(
 ) -> list[Tensor]:
     """Gradients of the operands whose places are in `wanted`, in that order."""
     parsed = parse_lowerable(program)
-    tensors, numbers = _bind(parsed, operands, sizes)
+    tensors, numbers = bind(parsed, operands, sizes)
     names = [parsed.tensors[place].name for place in wanted]
     found = backward(parsed, tensors, numbers, o, lse, rcp, grad_o, grad_lse, frozenset(names))
     return [found[name] for name in names]
@@ -75,16 +74,7 @@ def _attention_fake(
     operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     parsed = parse_lowerable(program)
-    tensors, numbers = _bind(parsed, operands, sizes)
-    extents = extents_of(parsed, numbers)
-    value = tensors[parsed.sum.tensor]
-    b, h, m = extents["b"], extents["h"], extents["q_idx"]
-    o = value.new_empty((b, h, m, value.shape[-1]) if heads_first else (b, m, h, value.shape[-1]))
-    o = o if heads_first else o.transpose(1, 2)
-    stats = torch.float64 if parsed.value.dtype is Dtype.F64 else torch.float32
-    lse = value.new_empty((b, h, m), dtype=stats)
-    rcp = value.new_empty((b, h, m) if parsed.has_rcp else (0,), dtype=stats)
-    return o, lse, rcp
+    return new_outputs(parsed, *bind(parsed, operands, sizes), heads_first)
 
 
 @torch.library.register_fake("attncompiler::attention_backward", lib=_LIBRARY)

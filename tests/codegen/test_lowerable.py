@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from attncompiler.codegen import portable
-from attncompiler.codegen.lowerable import lowerable, parse_lowerable
+from attncompiler.codegen.lowerable import parse_lowerable, single_attention
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.explain import kernel_source
 from attncompiler.ir import Route, parse_program, program_line, to_text
@@ -32,7 +32,6 @@ WORDS = {
     "linear attention": STATE,
     "a choice of keys made from the data": TABLES.format("select", "x[b] > 0.0") + ATTENTION,
     "a sum beside an attention": TABLES.format("let", "x[b] + 1.0") + ATTENTION,
-    "heads are switched or scaled for each query": ATTENTION + "  route 2.0 where True\n",
     "reads the result of another": ATTENTION + ATTENTION,
 }
 
@@ -40,12 +39,12 @@ WORDS = {
 @pytest.mark.parametrize("words", WORDS)
 def test_what_has_no_lowering_is_named(words: str) -> None:
     with pytest.raises(UnsupportedProgram, match=words) as caught:
-        lowerable(parse_program(WORDS[words]))
+        single_attention(parse_program(WORDS[words]))
     assert caught.value.where.startswith("model.py:") and caught.value.why and caught.value.do
 
 
 def test_an_attention_is_taken() -> None:
-    assert parse_lowerable(ATTENTION) == lowerable(parse_program(ATTENTION)) == parse_program(ATTENTION).phases[0].work
+    assert parse_lowerable(ATTENTION) == single_attention(parse_program(ATTENTION)) == parse_program(ATTENTION).phases[0].work
 
 
 def test_the_op_refuses_real_and_fake() -> None:

@@ -1,0 +1,153 @@
+"""Attention whose heads are switched and scaled for each query: the rows that are left are taken together, and what runs is a plain
+program over them (passes/compact_rows.py). Keys and values are read where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attncompiler.codegen.vectors import poison_empty_heads, vector_gradient, view_vectors
+from attncompiler.ir.evaluate import whole
+from attncompiler.ir.expr import ONE, Q_IDX, Axis, B, Const, H, Read
+from attncompiler.ir.interpreter import extents_of
+from attncompiler.ir.program import Attention, Empty
+from attncompiler.passes.compact_rows import LENGTH, Compact, compact_rows
+from attncompiler.passes.plan import proved_nonempty
+from attncompiler.runtime.rows import Rows, rows_of
+
+_QUERY_AXES = (B, H, Q_IDX)
+
+
+class Routed:
+    """One call of a program with a route."""
+
+    def __init__(self, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+        self.program, self.given, self.sizes = program, operands, sizes
+        self.extents = extents_of(program, sizes)
+        self.device = operands[program.sum.tensor].device
+        self.block = whole(operands, sizes, self.extents, torch.float32, self.device)
+        self.nonempty = proved_nonempty(program, sizes, self.extents)
+        self.compact: Compact = compact_rows(program, self.nonempty)
+        self.rows: Rows = rows_of(self._active())
+        self.compact_sizes = {name: self.rows.length if name == LENGTH else sizes[name] for name in self.compact.program.sizes}
+
+    def _active(self) -> Tensor:
+        """bool [b, h, q_idx]."""
+        found = self.block.tensor(self.program.route.active).to(torch.bool)
+        return found.expand(*(self.extents[axis.name] for axis in _QUERY_AXES), 1).squeeze(3)
+
+    def where_empty(self, lse: Tensor, x: Tensor) -> Tensor:
+        """`x` of the rows that are left, NaN in those that keep no key if the program has NaN there."""
+        nan = self.program.keep.empty is Empty.NAN and not self.program.weigh.extra and not self.nonempty
+        return x.masked_fill(lse == float("-inf"), torch.nan) if nan else x
+
+    @property
+    def gain(self) -> Tensor:
+        """[b or 1, h or 1, q_idx or 1]: a view of the operand."""
+        assert isinstance(self.compact.gain, Read)
+        return _across(self.compact.gain, self.given[self.compact.gain.tensor])
+
+    @property
+    def gains(self) -> Tensor:
+        """One for each row that is left, [b, h, rows_length]."""
+        b, h, m = (self.extents[axis.name] for axis in _QUERY_AXES)
+        return self.rows.take(self.gain.expand(b, h, m))
+
+    def operands(self) -> dict[str, Tensor]:
+        """The operands of the compact program."""
+        made = {name: self.rows.take(self._vectors(read)) for name, read in self.compact.copies}
+        made |= {self.compact.rows: self.rows.index, self.compact.count: self.rows.count}
+        return {decl.name: made[decl.name] if decl.name in made else self.given[decl.name] for decl in self.compact.program.tensors}
+
+    def _vectors(self, read: Read) -> Tensor:
+        """[b or 1, h, q_idx, D]."""
+        view = view_vectors(read, self.given[read.tensor], Q_IDX, self.block)
+        shown = view.tensor.repeat_interleave(view.group, 1)[:, : self.extents["h"]] if view.group > 1 else view.tensor
+        return shown.expand(*shown.shape[:2], self.extents["q_idx"], -1)
+
+
+def forward(
+    lowering: ModuleType, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O, lse and rcp as docs/design.md defines them; and for the backward, where there is a gain, the rows that are left before it,
+    [b, h, q_idx, Dv], of which those past the end of a list hold nothing. `lowering` runs the program over these rows."""
+    call = Routed(program, operands, sizes)
+    summed, lse, rcp = lowering.forward(call.compact.program, call.operands(), call.compact_sizes, True)
+    o = summed if call.compact.gain == ONE else (summed * call.gains[..., None]).to(summed.dtype)
+    o = call.rows.put(call.where_empty(lse[..., None], o))
+    if call.compact.gain == ONE:
+        summed = summed.new_empty(0)
+    else:
+        missing = call.extents["q_idx"] - call.rows.length
+        summed = torch.nn.functional.pad(summed, (0, 0, 0, missing)) if missing else summed
+    o = o if heads_first else o.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = call.rows.put(lse, float("-inf"))
+    return o, lse, call.rows.put(rcp, 1.0) if program.has_rcp else rcp, summed
+
+
+def backward(
+    lowering: ModuleType,
+    program: Attention,
+    operands: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    o: Tensor,
+    lse: Tensor,
+    rcp: Tensor,
+    summed: Tensor,
+    grad_o: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients of the operands in `wanted`, from what `forward` gave."""
+    call = Routed(program, operands, sizes)
+    rows, compact = call.rows, call.compact
+    lse_rows, rcp_rows = rows.take(lse), rows.take(rcp) if program.has_rcp else rcp
+    if compact.gain == ONE:
+        summed = rows.take(o).masked_fill((lse_rows == float("-inf"))[..., None], 0.0)
+    else:
+        summed = summed[:, :, : rows.length]
+    found = {name: torch.zeros_like(operands[name]) for name in wanted}
+    grad_rows = rows.take(grad_o)
+    if isinstance(compact.gain, Read):
+        name = compact.gain.tensor
+        if name in wanted:
+            along = (grad_rows.to(lse.dtype) * summed.to(lse.dtype)).sum(-1)
+            grad_gain = rows.put(call.where_empty(lse_rows, along))
+            target = _across(compact.gain, found[name])
+            target += grad_gain.sum_to_size(target.shape).to(target.dtype)
+        grad_rows = (grad_rows * call.gains[..., None]).to(grad_o.dtype)
+    grad_lse_rows = None if grad_lse is None else rows.take(grad_lse)
+    copies = {name: read for name, read in compact.copies if read.tensor in wanted}
+    inner = frozenset(name for name in compact.program.differentiable if name in wanted or name in copies)
+    made = lowering.backward(
+        compact.program, call.operands(), call.compact_sizes, summed, lse_rows, rcp_rows, grad_rows, grad_lse_rows, inner
+    )
+    for name, gradient in made.items():
+        if name not in copies:
+            found[name] += gradient
+            continue
+        read = copies[name]
+        view = view_vectors(read, operands[read.tensor], Q_IDX, call.block)
+        sums = vector_gradient(read, view, found[read.tensor], Q_IDX, call.block)
+        b, h, m = (call.extents[axis.name] for axis in _QUERY_AXES)
+        sums.add(rows.put(gradient), (0, b), (0, h), ((0, m),))
+        sums.scatter(call.block)
+    if program.sum.tensor in wanted and not call.nonempty:
+        poison_empty_heads(program, call.block, lse.masked_fill(rows.place < 0, 0.0), found[program.sum.tensor])
+    return found
+
+
+def _across(read: Read, tensor: Tensor) -> Tensor:
+    """The elements of a read as a view [b or 1, h or 1, q_idx or 1]."""
+    for place in reversed(range(len(read.index))):
+        entry = read.index[place]
+        if isinstance(entry, Const):
+            tensor = tensor.select(place, int(entry.value))
+    axes = [entry for entry in read.index if isinstance(entry, Axis)]
+    shown = tensor.permute(*(axes.index(axis) for axis in _QUERY_AXES if axis in axes))
+    for place, axis in enumerate(_QUERY_AXES):
+        shown = shown if axis in axes else shown.unsqueeze(place)
+    return shown

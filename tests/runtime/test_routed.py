@@ -1,0 +1,161 @@
+"""Attention with a route, by rows that are taken together: every program of tests/programs.py, and the edges of a route."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler.codegen import portable
+from attncompiler.errors import UnsupportedProgram
+from attncompiler.ir import Attention, parse, verify
+from attncompiler.ir.text import to_line, to_text
+from attncompiler.passes.compact_rows import compact_rows
+from attncompiler.runtime import routed, triton_launch
+from attncompiler.runtime.rows import rows_of
+from tests.programs import PROGRAMS, judge_on, operands, program
+
+GATED = "gate[b, q_idx, h] where on[b, q_idx, h]"
+ROUTES = {
+    "gated": (GATED, ", gate: {dtype}[2, {m}, 4], on: bool[2, {m}, 4]"),
+    "switched": ("1 where on[b, q_idx, h]", ", on: bool[2, {m}, 4]"),
+    "a gain for each head": ("gate[h] where heads[h]", ", gate: f32[4], heads: bool[4]"),
+}
+
+
+@dataclass
+class Lowered:
+    """A lowering of programs with a route, with the signature of one without."""
+
+    lowering: ModuleType
+    summed: list[Tensor] = field(default_factory=list)
+
+    def forward(self, p: Attention, made: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+        *found, summed = routed.forward(self.lowering, p, made, sizes, False)
+        self.summed = [summed]
+        return tuple(found)
+
+    def backward(self, p: Attention, made: Mapping[str, Tensor], sizes: Mapping[str, int], o: Tensor, lse: Tensor, rcp: Tensor,
+                 *rest: Any) -> dict[str, Tensor]:  # fmt: skip
+        return routed.backward(self.lowering, p, made, sizes, o, lse, rcp, *self.summed, *rest)
+
+
+def routed_program(name: str, route: str, m: int, n: int, d: int, dv: int, dtype: str = "f32") -> Attention:
+    gain, reads = ROUTES[route]
+    text = to_text(program(name, m, n, d, dv, dtype))
+    lines = [line + reads.format(m=m, dtype=dtype) if line.strip().startswith("read") else line for line in text.splitlines()]
+    return verify(parse("\n".join([*lines, f"  route {gain}"])))
+
+
+def judge(lowering: ModuleType, p: Attention, device: str = "cpu", strided: bool = False) -> None:
+    judge_on(Lowered(lowering), p, operands(p, device, strided))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program(name: str, route: str) -> None:
+    judge(portable, routed_program(name, route, 48, 33, 16, 24))
+
+
+@pytest.mark.parametrize("name", ["window", "empty rows give 0", "pair bias and slopes", "dropout"])
+def test_long_sequences(name: str) -> None:
+    judge(portable, routed_program(name, "gated", 600, 700, 16, 24), strided=True)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["plain", "window", "empty rows give 0", "dropout", "a term of each query", "bias of each key"])
+def test_kernels(name: str) -> None:
+    judge(triton_launch, routed_program(name, "gated", 150, 70, 16, 24))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("sizes", [(257, 300, 80, 48), (600, 700, 128, 128), (1, 129, 128, 128)], ids=str)
+def test_on_the_gpu(sizes: tuple[int, int, int, int], name: str, route: str, dtype: str) -> None:
+    judge(triton_launch, routed_program(name, route, *sizes, dtype), "cuda")
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0], ids=["all off", "all on"])
+def test_ends(kept: float) -> None:
+    p = routed_program("window", "gated", 40, 50, 16, 16)
+    made = operands(p)
+    made["on"] = torch.full_like(made["on"], bool(kept))
+    judge_on(Lowered(portable), p, made)  # type: ignore[arg-type]
+
+
+def test_what_is_off_is_not_read() -> None:
+    """NaN in rows and gains of heads that are off reaches nothing."""
+    p = routed_program("window", "gated", 300, 300, 16, 16)
+    made = operands(p)
+    made["on"][0, :, 1] = False  # a head that no query uses, and below a query that uses no head
+    made["on"][1, 7] = False
+    on = made["on"].transpose(1, 2)
+    made["q"][~on], made["gate"][~made["on"]] = torch.nan, torch.nan
+    o, lse, rcp, summed = routed.forward(portable, p, made, {}, True)
+    grads = routed.backward(portable, p, made, {}, o, lse, rcp, summed, torch.ones_like(o), None, frozenset(p.differentiable))
+    assert (o[~on] == 0).all() and (lse[~on] == -torch.inf).all() and o.isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert (grads["q"][~on] == 0).all() and (grads["gate"][~made["on"]] == 0).all()
+
+
+def test_a_gain_that_is_computed_is_refused() -> None:
+    p = routed_program("plain", "gated", 5, 5, 16, 16)
+    text = to_text(p).replace("route   gate[b, q_idx, h]", "route   gate[b, q_idx, h] * 2.0")
+    with pytest.raises(UnsupportedProgram, match="gain"):
+        compact_rows(verify(parse(text)), True)
+
+
+def test_the_compact_program() -> None:
+    p = compact_rows(routed_program("window", "gated", 5, 6, 16, 8), True).program
+    assert (
+        to_text(verify(p))
+        == """attention
+  axes    b=2, h=4, q_idx=rows_length, kv_idx=6
+  read    k: f32[2, 2, 6, 16], v: f32[2, 2, 6, 8], q_rows: f32[2, 4, rows_length, 16], \
+rows: i32[2, 4, rows_length], rows_count: i32[2, 4]
+  score   dot(q_rows[b, h, q_idx], k[b, h // 2, kv_idx]) * 0.25
+  keep    (q_idx < rows_count[b, h]) & ((kv_idx <= rows[b, h, q_idx]) & (rows[b, h, q_idx] - kv_idx < 7)) else zero
+  weigh   softmax
+  sum     v[b, h // 2, kv_idx]
+"""
+    )
+
+
+def test_rows() -> None:
+    active = torch.tensor([[[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]]).bool()
+    rows = rows_of(active)
+    assert rows.index.tolist() == [[[1, 2, 4], [0, 0, 0]]] and rows.count.tolist() == [[3, 0]]
+    assert rows.place.tolist() == [[[-1, 0, 1, -1, 2], [-1] * 5]]
+    x = torch.arange(1.0, 11).view(1, 2, 5)
+    assert rows.take(x).tolist() == [[[2, 3, 5], [0, 0, 0]]]
+    assert torch.equal(rows.put(rows.take(x)), x * active)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_op(compiled: bool) -> None:
+    p = routed_program("window", "gated", 70, 80, 16, 24, "f64")
+    made = operands(p)
+    leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in made.values()]
+
+    line = to_line(p)
+
+    def attend(*given: Tensor) -> Tensor:
+        o: Tensor = torch.ops.attncompiler.attention(given, [], line)[0]
+        return o
+
+    o = torch.compile(attend, fullgraph=True)(*leaves) if compiled else attend(*leaves)
+    o.square().sum().backward()
+    lowered = Lowered(portable)
+    expected = lowered.forward(p, made, {})
+    grads = lowered.backward(p, made, {}, *expected, 2 * expected[0], None, frozenset(p.differentiable))
+    torch.testing.assert_close(o, expected[0])
+    for (name, _), leaf in zip(made.items(), leaves, strict=True):
+        if name in grads:
+            torch.testing.assert_close(leaf.grad, grads[name])
