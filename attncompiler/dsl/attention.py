@@ -34,8 +34,8 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Softmax, TensorDecl
 from attncompiler.ir.text import to_line
 from attncompiler.ir.verify import verify
+from attncompiler.passes.nodes import DTYPES
 from attncompiler.passes.nothing_kept import nothing_kept, nothing_kept_by_positions
-from attncompiler.passes.site import DTYPES
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -49,8 +49,9 @@ _WEIGHTS_READ = "the attention weights are read by other code, so they are mater
 
 def _changed_in_place(graph: Graph, site: Site) -> str:
     """A reason, if an operand's memory is written between where it is first read and the op; "" if not."""
-    roots = {memory_root(operand.node) for operand in site.operands}
-    first = min((user for operand in site.operands for user in operand.node.users), default=site.output)
+    read = [node for operand in site.operands for node in (operand.nodes or (operand.node,))]
+    roots = {memory_root(node) for node in read}
+    first = min((user for node in read for user in node.users), default=site.output)
     for node in graph.nodes:
         if first < node < site.output and writes(node):
             target = node.args[0]
@@ -61,7 +62,7 @@ def _changed_in_place(graph: Graph, site: Site) -> str:
 
 def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[Node]:
     """Nodes still needed once the products in `outputs` take their operands directly."""
-    operands = {site.output: [operand.node for operand in site.operands if not operand.is_seed] for site in sites}
+    operands = {site.output: [node for operand in site.operands for node in operand.nodes] for site in sites}
     alive: set[Node] = set()
     stack = [n for n in graph.nodes if n.op == "output" or (n.op == "call_function" and _has_effect(n))]
     while stack:
@@ -91,7 +92,7 @@ def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
     """What stands for the site's product. `replaced`: what stands for those before it, whose results it may read."""
     node = site.output
     with graph.inserting_before(node):
-        operands = [_operand(graph, operand, replaced.get(operand.node, operand.node)) for operand in site.operands]
+        operands = [_operand(graph, operand, replaced) for operand in site.operands]
         sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
         # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
         turned = all(base_name(user.target) in PERMUTES for user in node.users)
@@ -125,8 +126,12 @@ def _lse(graph: Graph, site: Site, node: Node, result: Node) -> Node:
     return graph.call_function(aten.to.dtype, (lse, value.dtype))
 
 
-def _operand(graph: Graph, operand: Operand, node: Node) -> Node:
-    """An operand of a program; `node` is where it lies now."""
+def _operand(graph: Graph, operand: Operand, replaced: Mapping[Node, Node]) -> Node:
+    """An operand of a program, made of nodes as they are now."""
+    node = replaced.get(operand.node, operand.node)
+    if operand.made is not None:
+        arguments = tuple(replaced.get(a, a) if isinstance(a, Node) else a for a in operand.made.arguments)
+        return graph.call_function(operand.made.op, arguments)
     if operand.is_seed:
         device = node.meta["val"].device
         return graph.call_function(
