@@ -114,7 +114,8 @@ def outline(operand: Operand) -> Tensor:
     if operand.table is not None:
         return operand.table.to("meta")
     if operand.made is not None:
-        made: Tensor = operand.made.op(*(_outline(a) if isinstance(a, Node) else a for a in operand.made.arguments))
+        found = operand.made.op(*(_outline(a) if isinstance(a, Node) else a for a in operand.made.arguments))
+        made: Tensor = found[operand.made.result] if operand.made.has_several else found
         return made
     shown = _outline(operand.node)
     if operand.channel_place is not None:

@@ -78,10 +78,16 @@ def is_tensor(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Made:
-    """What an op of ours makes of nodes of the graph: `name` in torch.ops.attncompiler, and its arguments."""
+    """What an op of ours makes of nodes of the graph: `name` in torch.ops.attncompiler, and its arguments, and which of its
+    results, where it has several."""
 
     name: str
-    arguments: tuple[Node | int | torch.SymInt, ...]
+    arguments: tuple[Node | int | float | bool, ...]
+    result: int = -1
+
+    @property
+    def has_several(self) -> bool:
+        return self.result >= 0
 
     @property
     def op(self) -> torch._ops.OpOverload:

@@ -92,7 +92,8 @@ def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
     """What stands for the site's product. `replaced`: what stands for those before it, whose results it may read."""
     node = site.output
     with graph.inserting_before(node):
-        operands = [_operand(graph, operand, replaced) for operand in site.operands]
+        calls: dict[tuple[str, tuple[object, ...]], Node] = {}
+        operands = [_operand(graph, operand, replaced, calls) for operand in site.operands]
         sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
         # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
         turned = all(base_name(user.target) in PERMUTES for user in node.users)
@@ -126,12 +127,18 @@ def _lse(graph: Graph, site: Site, node: Node, result: Node) -> Node:
     return graph.call_function(aten.to.dtype, (lse, value.dtype))
 
 
-def _operand(graph: Graph, operand: Operand, replaced: Mapping[Node, Node]) -> Node:
-    """An operand of a program, made of nodes as they are now."""
+def _operand(
+    graph: Graph, operand: Operand, replaced: Mapping[Node, Node], calls: dict[tuple[str, tuple[object, ...]], Node]
+) -> Node:
+    """An operand of a program, made of nodes as they are now. `calls`: what ops of ours were called for other operands."""
     node = replaced.get(operand.node, operand.node)
-    if operand.made is not None:
-        arguments = tuple(replaced.get(a, a) if isinstance(a, Node) else a for a in operand.made.arguments)
-        return graph.call_function(operand.made.op, arguments)
+    made = operand.made
+    if made is not None:
+        arguments = tuple(replaced.get(a, a) if isinstance(a, Node) else a for a in made.arguments)
+        key = made.name, arguments
+        if key not in calls:
+            calls[key] = graph.call_function(made.op, arguments)
+        return graph.call_function(operator.getitem, (calls[key], made.result)) if made.has_several else calls[key]
     if operand.is_seed:
         device = node.meta["val"].device
         return graph.call_function(
