@@ -16,7 +16,6 @@ from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE
 from attncompiler.ir.phase_text import program_text
-from attncompiler.ir.phases import Phase, Program, default_results
 from attncompiler.ir.program import Attention
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.lift_mask import weak_mask
@@ -81,7 +80,7 @@ def _region(site: Site) -> Region:
         notes = (*notes, f"no GPU kernel: {reason}")
     return Region(
         family="softmax",
-        ir=program_text(Program((*site.before, Phase(program, default_results(program))))),
+        ir=program_text(site.whole),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
         density=found.plan.density,
         template="portable" if reason else "softmax (Triton); portable without a GPU",

@@ -25,6 +25,7 @@ from attncompiler.passes.reader import Reader
 from attncompiler.passes.select_prefix import Prefix, prefix
 from attncompiler.passes.sizes import size_expr
 from attncompiler.passes.topk import ANY_RANK, Member, member
+from attncompiler.passes.unkept_rows import UnkeptRows, without_unkept_rows
 
 # the axes of a selection: rows by their place, then keys, the places of a list, and queries
 _ROWS = Axis("b"), Axis("g"), Axis("row")
@@ -33,18 +34,30 @@ _KEY, _PLACE, _QUERY = Axis("key"), Axis("place"), Axis("i")
 
 @dataclass(frozen=True)
 class Selected:
-    """An attention over listed keys, with what computes the list: its operands by name, and the phase in the language."""
+    """An attention over listed keys, with what computes the list: its operands by name, and the phase in the language.
+
+    `unkept`: the attentions of queries that keep no key, at most one: under a finite mask they attend to all."""
 
     program: Attention
     lists: Mapping[str, Operand]
     phase: Phase
+    unkept: tuple[UnkeptRows, ...] = ()
 
 
 def select_keys(program: Attention, operands: Mapping[str, Operand], reader: Reader) -> Selected | None:
     """Needs: a finished program. Ensures: its keys are those of a list, where a part of `keep` is one of the w largest of each row.
     Keeps: the meaning. None where nothing is selected."""
-    if program.keep.empty is Empty.SCORE:
+    if program.keep.empty is not Empty.SCORE:
+        return _select(program, operands, reader)
+    parted = without_unkept_rows(program, operands)
+    if parted is None:
         return None
+    kept, unkept = parted
+    selected = _select(kept, operands, reader)
+    return None if selected is None else replace(selected, unkept=(unkept,))
+
+
+def _select(program: Attention, operands: Mapping[str, Operand], reader: Reader) -> Selected | None:
     for part in conjuncts(program.keep.predicate):
         if "kv_idx" not in axes_of(part) or not reads_of(part):
             continue

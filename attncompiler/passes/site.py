@@ -34,7 +34,7 @@ from attncompiler.ir.expr import (
     substitute,
     transform,
 )
-from attncompiler.ir.phases import Phase
+from attncompiler.ir.phases import Phase, Program, default_results
 from attncompiler.ir.program import Attention, Keep, TensorDecl, each_clause
 from attncompiler.ir.ranges import within
 from attncompiler.ir.text import expr_text, to_text
@@ -47,6 +47,7 @@ from attncompiler.passes.nodes import DTYPES, Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.select_keys import select_keys
 from attncompiler.passes.sizes import Extent, size_expr
+from attncompiler.passes.unkept_rows import UnkeptRows
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,13 @@ class Site:
     lse_unit: float = 1.0
     recovered: tuple[Recovered, ...] = ()
     before: tuple[Phase, ...] = ()  # what computes the operands that the compiler made: selections
+    unkept: tuple[UnkeptRows, ...] = ()  # what queries that keep no key give instead of 0, at most one
+
+    @property
+    def whole(self) -> Program:
+        """All phases: what is selected, the attention, what follows it."""
+        after = (phase for rows in self.unkept for phase in rows.phases(self.program))
+        return Program((*self.before, Phase(self.program, default_results(self.program)), *after))
 
 
 @dataclass(frozen=True)
@@ -191,14 +199,14 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
     verify(program)
     known = dict(zip(declared, operands, strict=True))
     before: tuple[Phase, ...] = ()
+    unkept: tuple[UnkeptRows, ...] = ()
     selected = select_keys(program, known, reader)
     if selected is not None:
-        program, before = verify(selected.program), (selected.phase,)
+        program, before, unkept = verify(selected.program), (selected.phase,), selected.unkept
         known |= selected.lists
     sizes = _size_values(node.graph, program)
-    return Site(
-        node, program, tuple(known[decl.name] for decl in program.tensors), sizes, (), (), recovered=recovered, before=before
-    )
+    given = tuple(known[decl.name] for decl in program.tensors)
+    return Site(node, program, given, sizes, (), (), recovered=recovered, before=before, unkept=unkept)
 
 
 def _recover(reader: Reader, names: Mapping[str, str], program: Attention) -> tuple[Attention, tuple[Recovered, ...]]:
