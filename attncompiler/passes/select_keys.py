@@ -80,7 +80,7 @@ def _of_all_queries(program: Attention, chosen: Member) -> Selected:
     places = size_expr(shape_of(indices)[chosen.topk.dim])
     shape = tuple(size_expr(size) for size in shape_of(indices))
     filled = apply("ge", picked, ZERO) if chosen.kept else TRUE
-    listed = _over_list(program, chosen.part, picked, filled, places, (TensorDecl(name, Dtype.I64, shape),))
+    listed = over_list(_without(program, chosen.part), picked, filled, places, (TensorDecl(name, Dtype.I64, shape),))
     rows, index, sizes = _axes_of_rows(tuple(size_expr(size) for size in shape_of(rank)), chosen.topk.dim)
     largest = TopK(Read("rank", index), places, (_KEY,))
     tables = [Table("largest", index, largest)]
@@ -99,14 +99,16 @@ def _fresh(wish: str, program: Attention) -> str:
     return next(name for name in (wish, f"{wish}_keys", f"{wish}_places") if name not in names)
 
 
-def _over_list(
-    program: Attention, part: Expr, picked: Read, instead: Expr, places: Expr, decls: tuple[TensorDecl, ...]
-) -> Attention:
-    """The program over the places of a list: `instead` stands for a part of its mask."""
+def _without(program: Attention, part: Expr) -> Attention:
     rest = conj(*(p for p in conjuncts(program.keep.predicate) if p != part))
-    values: Mapping[Expr, Expr] = {KV_IDX: picked}
-    listed = each_clause(replace(program, keep=replace(program.keep, predicate=rest)), lambda e: substitute(e, values))
-    predicate = conj(*dict.fromkeys((*conjuncts(instead), *conjuncts(listed.keep.predicate))))
+    return replace(program, keep=replace(program.keep, predicate=rest))
+
+
+def over_list(program: Attention, picked: Read, kept: Expr, places: Expr, decls: tuple[TensorDecl, ...]) -> Attention:
+    """The program over the keys that a list names: what it read at `kv_idx` it reads at `picked`, of which it keeps what is `kept`."""
+    at: Mapping[Expr, Expr] = {KV_IDX: picked}
+    listed = each_clause(program, lambda expr: substitute(expr, at))
+    predicate = conj(*dict.fromkeys((*conjuncts(kept), *conjuncts(listed.keep.predicate))))
     used = {read.tensor for root in (*listed.expressions, predicate) for read in reads_of(root)}
     return replace(
         listed,
@@ -139,7 +141,7 @@ def _of_each_query(program: Attention, ranked: Prefix) -> Selected:
     sizes = [size_expr(size) for at, size in enumerate(shape_of(node)) if at != place]
     decls = tuple(TensorDecl(name, Dtype.I64, (*sizes, ranked.places)) for name in (picked_name, until_name))
     still = conj(apply("ge", picked, ZERO), apply("le", picked, ranked.last), apply("lt", Axis("q_idx"), until))
-    listed = _over_list(program, ranked.part, picked, still, ranked.places, decls)
+    listed = over_list(_without(program, ranked.part), picked, still, ranked.places, decls)
     lists = {
         name: Operand(node, made=Made("prefix_top_k", (node, place, *ranked.numbers), result))
         for result, name in enumerate((picked_name, until_name))

@@ -55,9 +55,7 @@ class Prefix:
     numbers: tuple[int | float | bool, ...]  # of the op, after the tensor and its dimension
 
 
-def prefix(
-    program: Attention, part: Expr, found: Member | None, operands: Mapping[str, Operand], reader: Reader
-) -> Prefix | None:
+def prefix(program: Attention, part: Expr, found: Member | None, operands: Mapping[str, Operand], reader: Reader) -> Prefix | None:
     """`part` as a choice among the keys that each query sees. `found`: what it is of a top-k's indices, if that."""
     if found is not None:
         return _ranked(program, part, found.topk, found.index, found.test, False, reader)

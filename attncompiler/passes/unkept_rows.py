@@ -15,7 +15,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import FALSE, Q_IDX, TRUE, Apply, Axis, B, Const, Dot, Expr, H, Read, apply, conjuncts, reads_of, substitute, walk
+from attncompiler.ir.expr import (
+    FALSE,
+    Q_IDX,
+    TRUE,
+    Apply,
+    Axis,
+    B,
+    Const,
+    Dot,
+    Expr,
+    H,
+    Read,
+    apply,
+    conjuncts,
+    reads_of,
+    substitute,
+    walk,
+)
 from attncompiler.ir.phases import Phase
 from attncompiler.ir.program import Attention, Dtype, Empty, Keep, TensorDecl
 from attncompiler.ir.tables import Each, Table, Tables
