@@ -17,7 +17,7 @@ from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
 from attncompiler.passes.nothing_kept import warning_of_nothing
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
-from attncompiler.runtime import ops  # noqa: F401  registers the op that compiled graphs call
+from attncompiler.runtime import ops, selection  # noqa: F401  register the ops that compiled graphs call
 
 log = logging.getLogger(__name__)
 

@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attncompiler.backend import compile_or_leave
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE
+from attncompiler.ir.phase_text import program_text
 from attncompiler.ir.program import Attention
-from attncompiler.ir.text import expr_text, to_text
+from attncompiler.ir.text import expr_text
 from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
 from attncompiler.passes.sizes import Extent
+from attncompiler.runtime.gathered import gathered
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
@@ -78,7 +80,7 @@ def _region(site: Site) -> Region:
         notes = (*notes, f"no GPU kernel: {reason}")
     return Region(
         family="softmax",
-        ir=to_text(program),
+        ir=program_text(site.whole),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
         density=found.plan.density,
         template="portable" if reason else "softmax (Triton); portable without a GPU",
@@ -91,6 +93,7 @@ def _region(site: Site) -> Region:
 
 def kernel_source(program: Attention, schedule: Schedule) -> str:
     """The generated file of a program, forward and backward. Raises: UnsupportedProgram."""
+    program = gathered(program).program
     return emit(program, schedule, Layout.of(static_groups(program), frozenset(program.differentiable)))
 
 
@@ -109,15 +112,23 @@ def outline(operand: Operand) -> Tensor:
         return torch.empty(1, dtype=torch.int64, device="meta")
     if operand.table is not None:
         return operand.table.to("meta")
-    traced = operand.node.meta["val"]
+    if operand.made is not None:
+        found = operand.made.op(*(_outline(a) if isinstance(a, Node) else a for a in operand.made.arguments))
+        made: Tensor = found[operand.made.result] if operand.made.has_several else found
+        return made
+    shown = _outline(operand.node)
+    if operand.channel_place is not None:
+        shown = shown.movedim(operand.channel_place, -1)
+    return shown if operand.dtype is None else shown.to(operand.dtype)
+
+
+def _outline(node: Node) -> Tensor:
+    traced = node.meta["val"]
     shape, strides = ([hinted(size) for size in sizes] for sizes in (traced.shape, traced.stride()))
     offset = hinted(traced.storage_offset())
     span = offset + 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
     memory = torch.empty(span, dtype=traced.dtype, device="meta")
-    shown = memory.as_strided(shape, strides, offset)
-    if operand.channel_place is not None:
-        shown = shown.movedim(operand.channel_place, -1)
-    return shown if operand.dtype is None else shown.to(operand.dtype)
+    return memory.as_strided(shape, strides, offset)
 
 
 def hinted_sizes(site: Site) -> Mapping[str, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from attncompiler.dsl.masks import Captured, Mask, adopt, as_mask, check_reads, rename
+from attncompiler.dsl.selection import TopKeys, check
 from attncompiler.dsl.trace import traced
 from attncompiler.errors import DeviceError, OptionError
 from attncompiler.ir.expr import (
@@ -34,8 +35,8 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Softmax, TensorDecl
 from attncompiler.ir.text import to_line
 from attncompiler.ir.verify import verify
+from attncompiler.passes.nodes import DTYPES
 from attncompiler.passes.nothing_kept import nothing_kept, nothing_kept_by_positions
-from attncompiler.passes.site import DTYPES
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -53,12 +54,14 @@ class Declared:
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
-    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[False] = ...,
+    select: TopKeys | None = ..., scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ...,
+    return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
-    scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ..., return_lse: Literal[True],
+    select: TopKeys | None = ..., scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ...,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
@@ -67,6 +70,7 @@ def attention(
     *,
     keep: Mask | Callable[..., Any] | None = None,
     score: Score | None = None,
+    select: TopKeys | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
@@ -76,15 +80,15 @@ def attention(
 
     q [B, H, M, D], k [B, Hk, N, D], v [B, Hk, N, Dv], of one floating dtype and on one device. `keep`: a mask of
     `attncompiler.masks`, or a function (b, h, q_idx, kv_idx) -> bool. `score`: (score, b, h, q_idx, kv_idx) -> score, of the scaled
-    product. `scale`: default D ** -0.5. With `enable_gqa` Hk may divide H. A query that keeps no key gives zero. Returns O
+    product. `select`: keys chosen from the data (`attncompiler.select`), of which those that `keep` keeps. `scale`: default D ** -0.5. With `enable_gqa` Hk may divide H. A query that keeps no key gives zero. Returns O
     [B, H, M, Dv], and with `return_lse` the natural log of each row's sum, float32 [B, H, M].
 
     Raises: OptionError for shapes or options that do not fit, DeviceError for tensors on different devices, InvalidProgram for a
     `keep` or `score` that is no function of positions."""
     if torch.compiler.is_dynamo_compiling():
         _check(q, k, v, dropout_p, enable_gqa)
-        return _plain(q, k, v, None if keep is None else as_mask(keep), score, scale, dropout_p, return_lse)
-    declared = declare(q, k, v, keep=keep, score=score, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa)
+        return _plain(q, k, v, None if keep is None else as_mask(keep), score, select, scale, dropout_p, return_lse)
+    declared = declare(q, k, v, keep=keep, score=score, select=select, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa)
     operands = [q, k, v, *declared.captured]
     if dropout_p > 0.0:
         operands.append(torch.randint(-(2**62), 2**62, [1], dtype=torch.int64, device=q.device))
@@ -93,8 +97,9 @@ def attention(
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, keep: Mask | None, score: Score | None, scale: float | None, dropout_p: float, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask | None, score: Score | None, select: TopKeys | None, scale: float | None,
+    dropout_p: float, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The same in plain torch, for a function that is being compiled: this backend recognises it, others get what they can read."""
     b, h, m, d = q.shape
     n, groups = k.shape[2], h // k.shape[1]
@@ -106,10 +111,14 @@ def _plain(
     query, key = torch.arange(m, device=q.device)[:, None], torch.arange(n, device=q.device)
     if score is not None:
         scores = score(scores, batch, head, query, key)
-    if keep is None:
+    if select is not None:
+        check(select, q, k)
+    if keep is None and select is None:
         weights = torch.softmax(scores, -1)
     else:
-        kept = keep.on(batch, head, query, key)
+        kept = torch.ones((), dtype=torch.bool, device=q.device) if keep is None else keep.on(batch, head, query, key)
+        if select is not None:
+            kept = select.on(h, m) if keep is None else kept & select.on(h, m)
         scores = torch.where(kept, scores, float("-inf"))
         weights = torch.where(kept, torch.softmax(scores, -1), 0.0)  # a query without keys: zero, not NaN
     out = torch.dropout(weights, dropout_p, dropout_p > 0.0) @ v
@@ -123,6 +132,7 @@ def declare(
     *,
     keep: Mask | Callable[..., Any] | None = None,
     score: Score | None = None,
+    select: TopKeys | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
@@ -131,12 +141,14 @@ def declare(
     _check(q, k, v, dropout_p, enable_gqa)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     key = (_shape(q), _shape(k), _shape(v), scale, dropout_p)
-    if score is not None or not (keep is None or (isinstance(keep, Mask) and keep.is_fixed)):
-        return _declare(q, k, v, keep, score, scale, dropout_p)  # a function may read other tensors or numbers than last time
+    if score is not None or select is not None or not (keep is None or (isinstance(keep, Mask) and keep.is_fixed)):
+        return _declare(
+            q, k, v, keep, score, select, scale, dropout_p
+        )  # a function may read other tensors or numbers than last time
     known = _KNOWN.get((id(keep), key))
     if known is not None:
         return known[0]
-    declared = _declare(q, k, v, keep, score, scale, dropout_p)
+    declared = _declare(q, k, v, keep, score, None, scale, dropout_p)
     if len(_KNOWN) >= _MOST:
         _KNOWN.pop(next(iter(_KNOWN)))
     _KNOWN[(id(keep), key)] = declared, keep
@@ -153,8 +165,9 @@ def _shape(tensor: Tensor) -> Hashable:
 
 
 def _declare(
-    q: Tensor, k: Tensor, v: Tensor, keep: Mask | Callable[..., Any] | None, score: Score | None, scale: float, dropout_p: float
-) -> Declared:
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask | Callable[..., Any] | None, score: Score | None, select: TopKeys | None, scale: float,
+    dropout_p: float,
+) -> Declared:  # fmt: skip
     b, h, m, _ = q.shape
     n, groups = k.shape[2], h // k.shape[1]
     extents = dict(zip(AXES, (b, h, m, n), strict=True))
@@ -183,18 +196,23 @@ def _declare(
     decls = [TensorDecl(name, DTYPES[captured[name].dtype], tuple(Const(size) for size in captured[name].shape)) for name in used]
     if dropout_p > 0.0:
         decls.append(TensorDecl("seed", DTYPES[torch.int64], (Const(1),)))
-    program = verify(
-        Attention(
-            axes=Axes(*(Const(extents[axis]) for axis in AXES)),
-            tensors=tuple(decls),
-            score=scores,
-            keep=Keep(predicate, Empty.ZERO) if predicate != TRUE else Keep(),
-            weigh=Softmax(),
-            adjust=adjust,
-            sum=Read("v", (B, kv_head, KV_IDX)),
-        )
+    program = Attention(
+        axes=Axes(*(Const(extents[axis]) for axis in AXES)),
+        tensors=tuple(decls),
+        score=scores,
+        keep=Keep(predicate, Empty.ZERO) if predicate != TRUE else Keep(),
+        weigh=Softmax(),
+        adjust=adjust,
+        sum=Read("v", (B, kv_head, KV_IDX)),
     )
-    return Declared(program, to_line(program), tuple(captured[name] for name in used if name not in "qkv"))
+    if select is not None:
+        check(select, q, k)
+        program = replace(program, keep=replace(program.keep, empty=Empty.ZERO))
+        program = select.listed(program, h, m, captured)
+        program = replace(program, tensors=tuple(sorted(program.tensors, key=lambda decl: decl.name == "seed")))  # the last operand
+    verify(program)
+    read = (decl.name for decl in program.tensors if decl.name not in ("q", "k", "v", "seed"))
+    return Declared(program, to_line(program), tuple(captured[name] for name in read))
 
 
 def _warn_of_nothing(mask: Mask, predicate: Expr, read: Captured, extents: dict[Any, int]) -> None:

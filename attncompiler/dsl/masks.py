@@ -40,10 +40,10 @@ from attncompiler.ir.program import TensorDecl, kind_of
 from attncompiler.ir.ranges import range_of, within
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.grid import ROWS, GridTiles, choose_tiles
+from attncompiler.passes.nodes import DTYPES
 from attncompiler.passes.nothing_kept import nothing_kept
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, count_kept, plan_boxes, plan_predicate
-from attncompiler.passes.site import DTYPES
 from attncompiler.tuning.speed_of_light import boxes_text
 
 _MOST_PAIRS = 1 << 26

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,15 @@ from attncompiler.ir.expr import (
     Axis,
     Expr,
 )
+from attncompiler.ir.program import Dtype
 from attncompiler.passes.sizes import Extent
 
 aten = torch.ops.aten
+DTYPES: Mapping[torch.dtype, Dtype] = {
+    torch.float64: Dtype.F64, torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16,
+    torch.bool: Dtype.BOOL, torch.uint8: Dtype.U8, torch.int8: Dtype.I8, torch.int16: Dtype.I16, torch.int32: Dtype.I32,
+    torch.int64: Dtype.I64,
+}  # fmt: skip
 Index = tuple[Expr, ...]
 CHANNEL = Axis("channel")  # the summed letter of a dot product while its sides are read
 
@@ -70,15 +77,42 @@ def is_tensor(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class Made:
+    """What an op of ours makes of nodes of the graph: `name` in torch.ops.attncompiler, and its arguments, and which of its
+    results, where it has several."""
+
+    name: str
+    arguments: tuple[Node | int | float | bool, ...]
+    result: int = -1
+
+    @property
+    def has_several(self) -> bool:
+        return self.result >= 0
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        found: torch._ops.OpOverload = getattr(torch.ops.attncompiler, self.name).default
+        return found
+
+
+@dataclass(frozen=True)
 class Operand:
-    """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be; a new seed; or a table
-    that the compiler made, on the node's device."""
+    """How one operand of a program is made in the graph: a node, its channel moved last and cast if need be; a new seed; a table
+    that the compiler made, on the node's device; or what an op makes of nodes, of which `node` is one."""
 
     node: Node
     channel_place: int | None = None
     dtype: torch.dtype | None = None
     is_seed: bool = False
     table: torch.Tensor | None = None
+    made: Made | None = None
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that it is computed from."""
+        if self.made is not None:
+            return tuple(argument for argument in self.made.arguments if isinstance(argument, Node))
+        return () if self.is_seed else (self.node,)
 
     @property
     def is_plain(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Mapping
 from typing import cast
@@ -11,11 +12,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attncompiler.errors import Unrecognised
+from attncompiler.ir.program import Attention
 from attncompiler.ir.text import to_line
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import inherit_line, memory_root, writes
 from attncompiler.passes.nodes import PERMUTES, Operand
 from attncompiler.passes.site import Site
+from attncompiler.passes.unkept_rows import UNKEPT
 
 aten = torch.ops.aten
 
@@ -49,8 +52,9 @@ _WEIGHTS_READ = "the attention weights are read by other code, so they are mater
 
 def _changed_in_place(graph: Graph, site: Site) -> str:
     """A reason, if an operand's memory is written between where it is first read and the op; "" if not."""
-    roots = {memory_root(operand.node) for operand in site.operands}
-    first = min((user for operand in site.operands for user in operand.node.users), default=site.output)
+    read = [node for operand in site.operands for node in (operand.nodes or (operand.node,))]
+    roots = {memory_root(node) for node in read}
+    first = min((user for node in read for user in node.users), default=site.output)
     for node in graph.nodes:
         if first < node < site.output and writes(node):
             target = node.args[0]
@@ -61,7 +65,7 @@ def _changed_in_place(graph: Graph, site: Site) -> str:
 
 def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[Node]:
     """Nodes still needed once the products in `outputs` take their operands directly."""
-    operands = {site.output: [operand.node for operand in site.operands if not operand.is_seed] for site in sites}
+    operands = {site.output: [node for operand in site.operands for node in operand.nodes] for site in sites}
     alive: set[Node] = set()
     stack = [n for n in graph.nodes if n.op == "output" or (n.op == "call_function" and _has_effect(n))]
     while stack:
@@ -91,42 +95,62 @@ def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
     """What stands for the site's product. `replaced`: what stands for those before it, whose results it may read."""
     node = site.output
     with graph.inserting_before(node):
-        operands = [_operand(graph, operand, replaced.get(operand.node, operand.node)) for operand in site.operands]
-        sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
+        calls: dict[tuple[str, tuple[object, ...]], Node] = {}
+        operands = [_operand(graph, operand, replaced, calls) for operand in site.operands]
         # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
         turned = all(base_name(user.target) in PERMUTES for user in node.users)
         heads_first = not turned and site.permutation == tuple(range(len(site.permutation)))
-        arguments = (operands, sizes, to_line(site.program), heads_first)
-        result = graph.call_function(torch.ops.attncompiler.attention.default, arguments)
-        o = graph.call_function(operator.getitem, (result, 0))
+        o, lse = _attention(graph, node, site.program, operands, heads_first)
+        for rows in site.unkept:
+            unkept = graph.call_function(aten.eq.Scalar, (lse, -math.inf))
+            given = {name: _operand(graph, operand, replaced, calls) for name, operand in rows.operands.items()} | {UNKEPT: unkept}
+            rest, rest_lse = _attention(graph, node, rows.program, [given[d.name] for d in rows.program.tensors], heads_first)
+            o = graph.call_function(aten.where.self, (graph.call_function(aten.unsqueeze.default, (unkept, -1)), rest, o))
+            lse = graph.call_function(aten.where.self, (unkept, rest_lse, lse))
         split = [_extent(graph, node, extent) for extent in site.split]
         o = graph.call_function(aten.reshape.default, (o, split))
         if site.permutation != tuple(range(len(site.permutation))):
             o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
         if site.lse is not None:
-            site.lse.replace_all_uses_with(_lse(graph, site, site.lse, result))
+            site.lse.replace_all_uses_with(_lse(graph, site, site.lse, lse))
         if not turned:
             o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
-    for new in (result, o):
-        inherit_line(new, node)
+    inherit_line(o, node)
     o.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(o)
     graph.erase_node(node)
     return o
 
 
-def _lse(graph: Graph, site: Site, node: Node, result: Node) -> Node:
+def _attention(graph: Graph, before: Node, program: Attention, operands: list[Node], heads_first: bool) -> tuple[Node, Node]:
+    """O and lse of a program."""
+    sizes = [_symbolic(graph, before, name) for name in program.sizes]
+    result = graph.call_function(torch.ops.attncompiler.attention.default, (operands, sizes, to_line(program), heads_first))
+    inherit_line(result, before)
+    return graph.call_function(operator.getitem, (result, 0)), graph.call_function(operator.getitem, (result, 1))
+
+
+def _lse(graph: Graph, site: Site, node: Node, lse: Node) -> Node:
     """The op's second result in the unit, shape and dtype of the node that it stands for."""
     value = node.meta["val"]
-    lse = graph.call_function(operator.getitem, (result, 1))
     if site.lse_unit != 1.0:
         lse = graph.call_function(aten.div.Tensor, (lse, site.lse_unit))
     lse = graph.call_function(aten.reshape.default, (lse, [_extent(graph, site.output, size) for size in value.shape]))
     return graph.call_function(aten.to.dtype, (lse, value.dtype))
 
 
-def _operand(graph: Graph, operand: Operand, node: Node) -> Node:
-    """An operand of a program; `node` is where it lies now."""
+def _operand(
+    graph: Graph, operand: Operand, replaced: Mapping[Node, Node], calls: dict[tuple[str, tuple[object, ...]], Node]
+) -> Node:
+    """An operand of a program, made of nodes as they are now. `calls`: what ops of ours were called for other operands."""
+    node = replaced.get(operand.node, operand.node)
+    made = operand.made
+    if made is not None:
+        arguments = tuple(replaced.get(a, a) if isinstance(a, Node) else a for a in made.arguments)
+        key = made.name, arguments
+        if key not in calls:
+            calls[key] = graph.call_function(made.op, arguments)
+        return graph.call_function(operator.getitem, (calls[key], made.result)) if made.has_several else calls[key]
     if operand.is_seed:
         device = node.meta["val"].device
         return graph.call_function(

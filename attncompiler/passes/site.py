@@ -34,7 +34,8 @@ from attncompiler.ir.expr import (
     substitute,
     transform,
 )
-from attncompiler.ir.program import Attention, Dtype, Keep, TensorDecl, each_clause
+from attncompiler.ir.phases import Phase, Program, default_results
+from attncompiler.ir.program import Attention, Keep, TensorDecl, each_clause
 from attncompiler.ir.ranges import within
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.ir.verify import verify
@@ -42,17 +43,13 @@ from attncompiler.passes.constant_masks import Recovery, View, lift_constants
 from attncompiler.passes.constants import Recipe
 from attncompiler.passes.lift_constant import LiftedTensor
 from attncompiler.passes.lift_mask import lift_mask, zero_empty_rows
-from attncompiler.passes.nodes import Operand, dtype_of, shape_of
+from attncompiler.passes.nodes import DTYPES, Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
+from attncompiler.passes.select_keys import select_keys
 from attncompiler.passes.sizes import Extent, size_expr
+from attncompiler.passes.unkept_rows import UnkeptRows
 
 log = logging.getLogger(__name__)
-
-DTYPES: Mapping[torch.dtype, Dtype] = {
-    torch.float64: Dtype.F64, torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16,
-    torch.bool: Dtype.BOOL, torch.uint8: Dtype.U8, torch.int8: Dtype.I8, torch.int16: Dtype.I16, torch.int32: Dtype.I32,
-    torch.int64: Dtype.I64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,14 @@ class Site:
     lse: Node | None = None  # a node that holds lse / lse_unit, viewed as its own shape; replaced too
     lse_unit: float = 1.0
     recovered: tuple[Recovered, ...] = ()
+    before: tuple[Phase, ...] = ()  # what computes the operands that the compiler made: selections
+    unkept: tuple[UnkeptRows, ...] = ()  # what queries that keep no key give instead of 0, at most one
+
+    @property
+    def whole(self) -> Program:
+        """All phases: what is selected, the attention, what follows it."""
+        after = (phase for rows in self.unkept for phase in rows.phases(self.program))
+        return Program((*self.before, Phase(self.program, default_results(self.program)), *after))
 
 
 @dataclass(frozen=True)
@@ -192,10 +197,16 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
         if log.isEnabledFor(logging.DEBUG):
             log.debug("after %s:\n%s", name, to_text(program))
     verify(program)
-    kept = {decl.name for decl in program.tensors}
-    operands = [operand for operand, name in zip(operands, declared, strict=True) if name in kept]
+    known = dict(zip(declared, operands, strict=True))
+    before: tuple[Phase, ...] = ()
+    unkept: tuple[UnkeptRows, ...] = ()
+    selected = select_keys(program, known, reader)
+    if selected is not None:
+        program, before, unkept = verify(selected.program), (selected.phase,), selected.unkept
+        known |= selected.lists
     sizes = _size_values(node.graph, program)
-    return Site(node, program, tuple(operands), sizes, (), (), recovered=recovered)
+    given = tuple(known[decl.name] for decl in program.tensors)
+    return Site(node, program, given, sizes, (), (), recovered=recovered, before=before, unkept=unkept)
 
 
 def _recover(reader: Reader, names: Mapping[str, str], program: Attention) -> tuple[Attention, tuple[Recovered, ...]]:

@@ -13,6 +13,7 @@ from attncompiler.codegen import portable
 from attncompiler.errors import DeviceError, UnsupportedProgram
 from attncompiler.ir.program import Attention
 from attncompiler.runtime import triton_launch
+from attncompiler.runtime.gathered import gathered
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,10 @@ def forward(
     program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp (docs/design.md). Raises: DeviceError for operands on different devices."""
-    found: tuple[Tensor, Tensor, Tensor] = _lowering(program, operands, sizes).forward(program, operands, sizes, heads_first)
+    lists = gathered(program)
+    given = lists.operands(operands, sizes) if lists.gathers else operands
+    lowering = _lowering(lists.program, given, sizes)
+    found: tuple[Tensor, Tensor, Tensor] = lowering.forward(lists.program, given, sizes, heads_first)
     return found
 
 
@@ -37,9 +41,11 @@ def backward(
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients of the operands in `wanted`, by the lowering that ran the forward."""
-    lowering = _lowering(program, operands, sizes)
-    found: dict[str, Tensor] = lowering.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted)
-    return found
+    lists = gathered(program)
+    given = lists.operands(operands, sizes) if lists.gathers else operands
+    lowering, inner = _lowering(lists.program, given, sizes), lists.wanted(wanted)
+    found: dict[str, Tensor] = lowering.backward(lists.program, given, sizes, o, lse, rcp, grad_o, grad_lse, inner)
+    return lists.gradients(found, wanted, operands, sizes) if lists.gathers else found
 
 
 def _lowering(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> ModuleType:
@@ -63,7 +69,7 @@ def _lowering(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping
 def unsupported(program: Attention) -> str:
     """Why a program has no Triton kernel; "" if it has one."""
     try:
-        triton_launch.check(program)
+        triton_launch.check(gathered(program).program)
     except UnsupportedProgram as error:
         return error.what
     return ""

@@ -15,6 +15,7 @@ from attncompiler.ir.program import Attention, Dtype, Keep
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, build_boxes, build_plan, count_kept, with_sizes
 from attncompiler.passes.tile_counts import TileCounts, kept_in_grid, separable
+from attncompiler.runtime.gathered import gathered
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.scheduling import schedule_of_layout
 from attncompiler.tuning.schedule import Schedule, choose_schedule
@@ -47,6 +48,11 @@ def preview(
 ) -> Preview:  # fmt: skip
     """What runs of a program. `outlines`: its operands on the meta device. `operands`: those themselves, where they are known;
     without them the parts of a mask that read tensors count as kept, and a note says so. `kept_pairs`: if these are counted."""
+    lists = gathered(program)
+    if lists.gathers:
+        outlines = lists.outlines(outlines, sizes)
+        operands = None if operands is None else lists.operands(operands, sizes)
+        program = lists.program
     extents = extents_of(program, sizes)
     b, h, m, n = (extents[axis.name] for axis in AXES)
     read = sorted({read.tensor for read in reads_of(program.keep.predicate)}) if operands is None else []

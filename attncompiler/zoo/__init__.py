@@ -9,6 +9,7 @@ from attncompiler.zoo import (
     attention_sinks,
     clear,
     davit,
+    dma,
     fna,
     gna,
     halonet,
@@ -25,7 +26,7 @@ from attncompiler.zoo.system import Example, Size, System
 __all__ = ["SYSTEMS", "Example", "Size", "System", "system_named"]
 
 _FILES = (
-    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash,
+    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash, dma,
 )  # fmt: skip
 SYSTEMS: Mapping[str, System] = {system.name: system for file in _FILES for system in file.SYSTEMS}
 
