@@ -16,14 +16,13 @@ from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE
 from attncompiler.ir.phase_text import program_text
-from attncompiler.ir.program import Attention
+from attncompiler.ir.program import Attention, Route
 from attncompiler.ir.text import expr_text
 from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
 from attncompiler.passes.sizes import Extent
-from attncompiler.runtime.gathered import gathered
-from attncompiler.runtime.lowering import unsupported
+from attncompiler.runtime.lowering import in_kernels, unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
@@ -75,6 +74,8 @@ def _region(site: Site) -> Region:
     if found.light is not None and found.light.partial_tiles and found.light.full_strides:
         stride = strides_text(found.light.full_strides)
         notes = (*notes, f"with a stride of {stride} no tile would be partial; `attncompiler plan --strides` has the others")
+    if program.route != Route():
+        notes = (*notes, "a head that is off for a query is not computed: the queries that use it are taken together, at run time")
     reason = unsupported(program)
     if reason:
         notes = (*notes, f"no GPU kernel: {reason}")
@@ -93,7 +94,9 @@ def _region(site: Site) -> Region:
 
 def kernel_source(program: Attention, schedule: Schedule) -> str:
     """The generated file of a program, forward and backward. Raises: UnsupportedProgram."""
-    program = gathered(program).program
+    if program.route != Route():
+        schedule = schedule.in_rows()
+    program = in_kernels(program)
     return emit(program, schedule, Layout.of(static_groups(program), frozenset(program.differentiable)))
 
 

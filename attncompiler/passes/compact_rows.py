@@ -93,6 +93,13 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
     return Compact(replace(moved, tensors=tensors), tuple((name, read) for read, name in copies.items()), rows, count, gain)
 
 
+def without_route(program: Attention) -> Attention:
+    """The program as if every head were on for every query, with gain 1."""
+    plain = replace(program, route=Route())
+    used = {read.tensor for root in plain.expressions for read in reads_of(root)}
+    return replace(plain, tensors=tuple(decl for decl in program.tensors if decl.name in used))
+
+
 def _channels(program: Attention, read: Read) -> Expr:
     return program.decls[read.tensor].shape[-1]
 

@@ -16,6 +16,7 @@ from attncompiler.passes.constant_masks import ConstantMasks
 from attncompiler.passes.constants import Constants
 from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.lift_route import lift_route
 from attncompiler.passes.normalise import capture, source_line
 from attncompiler.passes.recognise import BARRIERS, NORMALISERS, recognise, trained_nodes
 from attncompiler.passes.rewrite import rewrite
@@ -44,6 +45,7 @@ def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     log.debug("after normalise:\n%s", captured.code)
     masks = ConstantMasks(Constants(captured, module, inputs))
     sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)), masks)
+    sites = [lift_route(captured.graph, site) for site in sites]
     covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
     missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)
     left = rewrite(captured, sites)

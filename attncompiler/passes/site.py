@@ -204,7 +204,7 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
     if selected is not None:
         program, before, unkept = verify(selected.program), (selected.phase,), selected.unkept
         known |= selected.lists
-    sizes = _size_values(node.graph, program)
+    sizes = size_values(node.graph, program)
     given = tuple(known[decl.name] for decl in program.tensors)
     return Site(node, program, given, sizes, (), (), recovered=recovered, before=before, unkept=unkept)
 
@@ -296,7 +296,7 @@ def _rename(program: Attention, names: Mapping[str, str]) -> Attention:
     return each_clause(program, lambda expr: transform(expr, visit))
 
 
-def _size_values(graph: Graph, program: Attention) -> dict[str, Extent]:
+def size_values(graph: Graph, program: Attention) -> dict[str, Extent]:
     """The graph's own symbols for the run-time integers of a program."""
     wanted = set(program.sizes)
     found: dict[str, Extent] = {}

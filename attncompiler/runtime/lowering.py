@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attncompiler.codegen import portable
 from attncompiler.errors import DeviceError, UnsupportedProgram
-from attncompiler.ir.program import Attention
+from attncompiler.ir.program import Attention, Route
+from attncompiler.passes.compact_rows import compact_rows
 from attncompiler.runtime import triton_launch
 from attncompiler.runtime.gathered import gathered
 
@@ -65,11 +66,17 @@ def _lowering(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping
     return portable if reason else triton_launch
 
 
+def in_kernels(program: Attention) -> Attention:
+    """The program that kernels run: rows of queries and of keys by list are taken together first."""
+    routed = program.route != Route()
+    return gathered(compact_rows(program, True).program if routed else program).program
+
+
 @functools.lru_cache(maxsize=4096)
 def unsupported(program: Attention) -> str:
     """Why a program has no Triton kernel; "" if it has one."""
     try:
-        triton_launch.check(gathered(program).program)
+        triton_launch.check(in_kernels(program))
     except UnsupportedProgram as error:
         return error.what
     return ""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attncompiler.ir.expr import AXES, Const, Expr, conj, conjuncts, reads_of
 from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention, Dtype, Keep
+from attncompiler.ir.program import Attention, Dtype, Keep, Route
+from attncompiler.passes.compact_rows import without_route
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, build_boxes, build_plan, count_kept, with_sizes
 from attncompiler.passes.tile_counts import TileCounts, kept_in_grid, separable
@@ -48,6 +49,10 @@ def preview(
 ) -> Preview:  # fmt: skip
     """What runs of a program. `outlines`: its operands on the meta device. `operands`: those themselves, where they are known;
     without them the parts of a mask that read tensors count as kept, and a note says so. `kept_pairs`: if these are counted."""
+    if program.route != Route():  # at most: as if every head were on
+        program = without_route(program)
+        outlines = {decl.name: outlines[decl.name] for decl in program.tensors}
+        operands = None if operands is None else {decl.name: operands[decl.name] for decl in program.tensors}
     lists = gathered(program)
     if lists.gathers:
         outlines = lists.outlines(outlines, sizes)

@@ -109,7 +109,7 @@ def backward(
         summed = rows.take(o).masked_fill((lse_rows == float("-inf"))[..., None], 0.0)
     else:
         summed = summed[:, :, : rows.length]
-    found = {name: torch.zeros_like(operands[name]) for name in wanted}
+    found = {name: operands[name].new_zeros(operands[name].shape) for name in wanted}
     grad_rows = rows.take(grad_o)
     if isinstance(compact.gain, Read):
         name = compact.gain.tensor

@@ -49,6 +49,13 @@ class Schedule:
         chosen: KernelSchedule = getattr(self, kernel.removeprefix("attention_"))
         return chosen
 
+    def in_rows(self) -> Schedule:
+        """The same with tiles that are runs of tokens."""
+        kernels = {
+            name: replace(getattr(self, name), tiles=ROWS) for name in ("forward", "backward_queries", "backward_keys", "delta")
+        }
+        return replace(self, **kernels)
+
     def follows_plan(self, kernel: str) -> bool:
         """True for kernels that visit the tiles of a plan: all but a delta that is read off O and dO."""
         return kernel != "attention_delta" or self.delta_over_keys

@@ -1,0 +1,132 @@
+"""An attention's output times a gate that is 0 by construction where a head is off -> the clause `route`.
+
+o.transpose(1, 2) * gates[..., None]        gates: zeros.scatter(-1, chosen, 1.0), times what they weigh
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from attncompiler.ir.expr import Q_IDX, ZERO, Axis, B, Expr, H, Read
+from attncompiler.ir.program import Route, TensorDecl
+from attncompiler.ir.verify import verify
+from attncompiler.passes.activity import Builder, activity, spread_einsum
+from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.nodes import DTYPES, PERMUTES, Operand, dtype_of, shape_of
+from attncompiler.passes.site import Site, size_values
+from attncompiler.passes.sizes import same, size_expr
+
+_LETTERS: tuple[Axis, ...] = (B, H, Q_IDX)
+_CHANNEL = 3  # the dimension of O [b, h, q_idx, Dv] after those
+# Keys from which leaving rows out saves more than taking rows together costs, on a GPU and elsewhere.
+_FEWEST_KEYS = {"cuda": 1024, "cpu": 128}
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """`node` is O times `gate`; both have O's dimensions, in the order `order` of [b, h, q_idx, channel]."""
+
+    node: Node
+    gate: Node
+    order: tuple[int, ...]
+
+
+def lift_route(graph: Graph, site: Site) -> Site:
+    """Needs: a site of this graph. Ensures: the same, with the multiplication by its gate if that switches heads. Adds nodes that
+    only the route reads. Keeps: values and gradients, if what is not computed would have been finite."""
+    if len(site.split) != 4 or site.lse is not None or site.unkept or site.program.route != Route() or _is_short(site):
+        return site
+    gated = _gated(graph, site)
+    if gated is None or gated.node.meta["val"].dtype != site.output.meta["val"].dtype:
+        return site
+    build = Builder(graph, gated.node)
+    active = activity(gated.gate, build)
+    if active is None:
+        return site
+    program, operands = site.program, list(site.operands)
+    decls, reads = list(program.tensors), []
+    for wish, node in (("gate", gated.gate), ("active", active)):
+        shown, index = _element(node, gated.order, build)
+        taken = {decl.name for decl in decls}
+        name = next(n for i in range(1, len(taken) + 2) if (n := wish if i == 1 else f"{wish}{i}") not in taken)
+        decls.append(TensorDecl(name, DTYPES[dtype_of(shown)], tuple(size_expr(size) for size in shape_of(shown))))
+        operands.append(Operand(shown))
+        reads.append(Read(name, index))
+    routed = verify(replace(program, tensors=tuple(decls), route=Route(active=reads[1], gain=reads[0])))
+    return replace(
+        site, output=gated.node, program=routed, operands=tuple(operands), permutation=gated.order, sizes=size_values(graph, routed)
+    )
+
+
+def _is_short(site: Site) -> bool:
+    """True for so few keys that rows are better computed than sorted out."""
+    keys = site.program.axes.kv_idx
+    values = site.output.meta["val"]
+    length = int(keys.value) if hasattr(keys, "value") else max(_hint(size) for size in shape_of(site.operands[1].node))
+    return length < _FEWEST_KEYS.get(values.device.type, 128)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _gated(graph: Graph, site: Site) -> _Gated | None:
+    """The multiplication that O goes into, through permutations alone, and into nothing else."""
+    node, order = site.output, site.permutation
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = base_name(user.target)
+        if name in PERMUTES and user.args[0] is node and user.meta["val"].dim() == 4:
+            moved = user.target(torch.empty(2, 3, 5, 7), *user.args[1:], **user.kwargs)  # type: ignore[operator]
+            order = tuple(order[(2, 3, 5, 7).index(size)] for size in moved.shape)
+        elif name in ("mul", "einsum"):
+            return _product(graph, node, user, order)
+        elif name not in ("contiguous", "clone", "alias", "to") or user.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        node = user
+    return None
+
+
+def _product(graph: Graph, o: Node, user: Node, order: tuple[int, ...]) -> _Gated | None:
+    if base_name(user.target) == "mul":
+        sides = list(user.args[:2])
+        if sides.count(o) != 1:
+            return None
+        gate = sides[1 - sides.index(o)]
+        if not isinstance(gate, Node) or user.meta["val"].dim() != 4:
+            return None
+        return _Gated(user, gate, order) if _broadcasts(gate, user, o, order) else None
+    operands = user.args[1]
+    assert isinstance(operands, list | tuple)
+    spread = spread_einsum(user, Builder(graph, user))
+    if spread is None or list(operands).count(o) != 1:
+        return None
+    mine = list(operands).index(o)
+    letters = str(user.args[0]).replace(" ", "").partition("->")
+    inputs = letters[0].split(",")
+    order = tuple(order[inputs[mine].index(letter)] for letter in letters[2])
+    gate = spread[1 - mine]
+    return _Gated(user, gate, order) if _broadcasts(gate, user, user, order) else None
+
+
+def _broadcasts(gate: Node, user: Node, o: Node, order: tuple[int, ...]) -> bool:
+    """True for a gate that has one number for all channels, and widens nothing."""
+    shape = shape_of(gate)
+    channel = order.index(_CHANNEL) - (4 - len(shape))
+    if channel >= 0 and not same(shape[channel], 1):
+        return False
+    return all(same(a, b) for a, b in zip(shape_of(user), shape_of(o), strict=True))
+
+
+def _element(node: Node, order: tuple[int, ...], build: Builder) -> tuple[Node, tuple[Expr, ...]]:
+    """A gate without its channel, and how it is read over b, h and q_idx."""
+    shape = shape_of(node)
+    dims = list(order[4 - len(shape) :])
+    if _CHANNEL in dims:
+        node = build(torch.ops.aten.select.int, node, dims.index(_CHANNEL), 0)
+        dims.remove(_CHANNEL)
+        shape = shape_of(node)
+    return node, tuple(ZERO if same(size, 1) else _LETTERS[dim] for dim, size in zip(dims, shape, strict=True))
