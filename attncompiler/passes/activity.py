@@ -1,7 +1,7 @@
-"""Where a gate is 0 by construction: by a scatter, a one-hot, a comparison, `where` or a masked softmax, whatever values it is made of.
+"""Where a gate is 0 by construction: by a scatter, a one-hot, a comparison, `where` or a masked softmax, of whatever values.
 
-Found as nodes of the graph, bool and of the gate's shape or one that broadcasts to it: False where the gate is exactly 0 and nothing
-that it is computed from has a gradient through it. A number that can turn such a 0 into NaN makes it True again.
+Found as nodes of the graph, bool and of the gate's shape or one that broadcasts to it: False where the gate is exactly 0 and
+nothing that it is computed from has a gradient through it. A number that can turn such a 0 into NaN makes it True again.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
     A row that keeps no key gives 0 in what is left, whatever the program says of it: `no_row_is_empty` or the caller puts it right.
     Raises: UnsupportedProgram for a gain that is more than an element of a tensor."""
     gain = program.route.gain
-    if gain != ONE and not (isinstance(gain, Read) and _is_plain(gain)):
+    if gain != ONE and not (isinstance(gain, Read) and is_plain(gain)):
         raise UnsupportedProgram(
             "a gain that is computed in the attention has no kernel",
             where=program.origin.line,
@@ -110,7 +110,7 @@ def _fresh(wish: str, taken: set[str]) -> str:
     return name
 
 
-def _is_plain(read: Read) -> bool:
+def is_plain(read: Read) -> bool:
     """True for an element at positions as they are."""
     axes = [entry for entry in read.index if isinstance(entry, Axis)]
     return len(set(axes)) == len(axes) and all(isinstance(entry, Axis | Const) for entry in read.index)

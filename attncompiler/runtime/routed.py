@@ -3,6 +3,7 @@ program over them (passes/compact_rows.py). Keys and values are read where they 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from attncompiler.codegen.vectors import poison_empty_heads, vector_gradient, view_vectors
-from attncompiler.ir.evaluate import whole
-from attncompiler.ir.expr import ONE, Q_IDX, Axis, B, Const, H, Read
+from attncompiler.ir.evaluate import Block, whole
+from attncompiler.ir.expr import Q_IDX, Axis, B, Const, H, Read
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty
-from attncompiler.passes.compact_rows import LENGTH, Compact, compact_rows
+from attncompiler.passes.compact_rows import LENGTH, Compact, compact_rows, is_plain
 from attncompiler.passes.plan import proved_nonempty
 from attncompiler.runtime.rows import Rows, rows_of
 
@@ -26,39 +27,40 @@ class Routed:
 
     def __init__(self, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
         self.program, self.given, self.sizes = program, operands, sizes
-        self.extents = extents_of(program, sizes)
+        self.extents, self.nonempty, self.compact = _known(program, tuple(sizes.items()))
         self.device = operands[program.sum.tensor].device
-        self.block = whole(operands, sizes, self.extents, torch.float32, self.device)
-        self.nonempty = proved_nonempty(program, sizes, self.extents)
-        self.compact: Compact = compact_rows(program, self.nonempty)
         self.rows: Rows = rows_of(self._active())
         self.compact_sizes = {name: self.rows.length if name == LENGTH else sizes[name] for name in self.compact.program.sizes}
 
+    @functools.cached_property
+    def block(self) -> Block:
+        """All positions; what reads an operand as it lies needs none."""
+        return whole(self.given, self.sizes, self.extents, torch.float32, self.device)
+
     def _active(self) -> Tensor:
         """bool [b, h, q_idx]."""
-        found = self.block.tensor(self.program.route.active).to(torch.bool)
+        active = self.program.route.active
+        if isinstance(active, Read) and is_plain(active):
+            return _across(active, self.given[active.tensor]).expand(*(self.extents[axis.name] for axis in _QUERY_AXES))
+        found: Tensor = self.block.tensor(active).to(torch.bool)
         return found.expand(*(self.extents[axis.name] for axis in _QUERY_AXES), 1).squeeze(3)
 
-    def where_empty(self, lse: Tensor, x: Tensor) -> Tensor:
-        """`x` of the rows that are left, NaN in those that keep no key if the program has NaN there."""
-        nan = self.program.keep.empty is Empty.NAN and not self.program.weigh.extra and not self.nonempty
-        return x.masked_fill(lse == float("-inf"), torch.nan) if nan else x
+    @property
+    def nan_if_empty(self) -> bool:
+        """True where a row that keeps no key gives NaN."""
+        return self.program.keep.empty is Empty.NAN and not self.program.weigh.extra and not self.nonempty
 
     @property
-    def gain(self) -> Tensor:
-        """[b or 1, h or 1, q_idx or 1]: a view of the operand."""
-        assert isinstance(self.compact.gain, Read)
-        return _across(self.compact.gain, self.given[self.compact.gain.tensor])
-
-    @property
-    def gains(self) -> Tensor:
-        """One for each row that is left, [b, h, rows_length]."""
-        b, h, m = (self.extents[axis.name] for axis in _QUERY_AXES)
-        return self.rows.take(self.gain.expand(b, h, m))
+    def gain(self) -> Tensor | None:
+        """[b, h, q_idx], a view of the operand; None for 1."""
+        if not isinstance(self.compact.gain, Read):
+            return None
+        shown = _across(self.compact.gain, self.given[self.compact.gain.tensor])
+        return shown.expand(*(self.extents[axis.name] for axis in _QUERY_AXES))
 
     def operands(self) -> dict[str, Tensor]:
         """The operands of the compact program."""
-        made = {name: self.rows.take(self._vectors(read)) for name, read in self.compact.copies}
+        made = {name: self.rows.take_vectors(self._vectors(read)) for name, read in self.compact.copies}
         made |= {self.compact.rows: self.rows.index, self.compact.count: self.rows.count}
         return {decl.name: made[decl.name] if decl.name in made else self.given[decl.name] for decl in self.compact.program.tensors}
 
@@ -69,6 +71,15 @@ class Routed:
         return shown.expand(*shown.shape[:2], self.extents["q_idx"], -1)
 
 
+@functools.lru_cache(maxsize=1024)
+def _known(program: Attention, sizes: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], bool, Compact]:
+    """What calls of one program at one size share: its axes, whether every query surely keeps a key, and what runs."""
+    numbers = dict(sizes)
+    extents = extents_of(program, numbers)
+    nonempty = proved_nonempty(program, numbers, extents)
+    return extents, nonempty, compact_rows(program, nonempty)
+
+
 def forward(
     lowering: ModuleType, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,15 +87,11 @@ def forward(
     [b, h, q_idx, Dv], of which those past the end of a list hold nothing. `lowering` runs the program over these rows."""
     call = Routed(program, operands, sizes)
     summed, lse, rcp = lowering.forward(call.compact.program, call.operands(), call.compact_sizes, True)
-    o = summed if call.compact.gain == ONE else (summed * call.gains[..., None]).to(summed.dtype)
-    o = call.rows.put(call.where_empty(lse[..., None], o))
-    if call.compact.gain == ONE:
+    o, lse = call.rows.put_vectors(summed, lse, call.gain, call.nan_if_empty, heads_first)
+    if call.gain is None:
         summed = summed.new_empty(0)
-    else:
-        missing = call.extents["q_idx"] - call.rows.length
-        summed = torch.nn.functional.pad(summed, (0, 0, 0, missing)) if missing else summed
-    o = o if heads_first else o.transpose(1, 2).contiguous().transpose(1, 2)
-    lse = call.rows.put(lse, float("-inf"))
+    elif missing := call.extents["q_idx"] - call.rows.length:
+        summed = torch.nn.functional.pad(summed, (0, 0, 0, missing))
     return o, lse, call.rows.put(rcp, 1.0) if program.has_rcp else rcp, summed
 
 
@@ -104,21 +111,23 @@ def backward(
     """Gradients of the operands in `wanted`, from what `forward` gave."""
     call = Routed(program, operands, sizes)
     rows, compact = call.rows, call.compact
-    lse_rows, rcp_rows = rows.take(lse), rows.take(rcp) if program.has_rcp else rcp
-    if compact.gain == ONE:
-        summed = rows.take(o).masked_fill((lse_rows == float("-inf"))[..., None], 0.0)
+    gain = call.gain
+    found = {name: operands[name].new_zeros(operands[name].shape) for name in wanted}
+    if gain is None:
+        grad_rows, lse_rows, _ = rows.take_gradients(grad_o, lse, None, None)
+        summed = rows.take_vectors(o)
+        summed = summed.masked_fill((lse_rows == float("-inf"))[..., None], 0.0) if call.nan_if_empty else summed
     else:
         summed = summed[:, :, : rows.length]
-    found = {name: operands[name].new_zeros(operands[name].shape) for name in wanted}
-    grad_rows = rows.take(grad_o)
-    if isinstance(compact.gain, Read):
+        grad_rows, lse_rows, along = rows.take_gradients(grad_o, lse, gain, summed)
+        assert isinstance(compact.gain, Read) and along is not None
         name = compact.gain.tensor
         if name in wanted:
-            along = (grad_rows.to(lse.dtype) * summed.to(lse.dtype)).sum(-1)
-            grad_gain = rows.put(call.where_empty(lse_rows, along))
+            if call.nan_if_empty:
+                along = along.masked_fill((lse == float("-inf")) & (rows.place >= 0), torch.nan)
             target = _across(compact.gain, found[name])
-            target += grad_gain.sum_to_size(target.shape).to(target.dtype)
-        grad_rows = (grad_rows * call.gains[..., None]).to(grad_o.dtype)
+            target += along.sum_to_size(target.shape).to(target.dtype)
+    rcp_rows = rows.take(rcp) if program.has_rcp else rcp
     grad_lse_rows = None if grad_lse is None else rows.take(grad_lse)
     copies = {name: read for name, read in compact.copies if read.tensor in wanted}
     inner = frozenset(name for name in compact.program.differentiable if name in wanted or name in copies)

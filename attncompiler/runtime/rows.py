@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attncompiler.runtime import row_kernels
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -39,13 +41,48 @@ class Rows:
             place, absent = place[..., None].expand(-1, -1, -1, x.shape[3]), absent[..., None]
         return x.gather(2, place).masked_fill_(absent, elsewhere)
 
+    def take_vectors(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """As `take`, each row times its gain [b, h, q_idx], in x's dtype."""
+        x = x.expand(*self.count.shape, *x.shape[2:])
+        if x.is_cuda:
+            return row_kernels.take_rows(x, self.index, self.count, gain)[0]
+        taken = self.take(x)
+        return taken if gain is None else (taken * self.take(gain)[..., None]).to(x.dtype)
+
+    def put_vectors(
+        self, x: Tensor, lse_rows: Tensor, gain: Tensor | None = None, nan_if_empty: bool = False, heads_first: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """O, in x's dtype, and lse of what the rows that are left give."""
+        if x.is_cuda:
+            o, lse = row_kernels.put_rows(x, self.place, gain, lse_rows, nan_if_empty, heads_first)
+            assert lse is not None
+            return o, lse
+        o = x if gain is None else (x * self.take(gain)[..., None]).to(x.dtype)
+        o = self.put(o.masked_fill((lse_rows == float("-inf"))[..., None], torch.nan) if nan_if_empty else o)
+        return o if heads_first else o.transpose(1, 2).contiguous().transpose(1, 2), self.put(lse_rows, float("-inf"))
+
+    def take_gradients(
+        self, grad: Tensor, lse: Tensor, gain: Tensor | None, summed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradients of O by list, each times its gain; lse by list; and for `summed`, O before the gain by list, the gradients
+        of the gains [b, h, q_idx]."""
+        if grad.is_cuda:
+            taken, along, lse_rows = row_kernels.take_rows(grad, self.index, self.count, gain, summed, lse)
+            assert lse_rows is not None
+            return taken, lse_rows, along
+        taken = self.take(grad)
+        along = None if summed is None else self.put((taken.to(lse.dtype) * summed.to(lse.dtype)).sum(-1))
+        return (taken if gain is None else (taken * self.take(gain)[..., None]).to(grad.dtype)), self.take(lse), along
+
 
 def rows_of(active: Tensor) -> Rows:
     """The lists of `active`, bool [b, h, q_idx]. On a GPU they are as long as there are queries, so that nothing waits."""
+    if active.is_cuda:
+        return Rows(*row_kernels.list_rows(active))
     number = active.cumsum(2, dtype=torch.int32)
     m = active.shape[2]
     count = number[..., -1] if m else number.new_zeros(active.shape[:2])
-    length = m if active.is_cuda else int(count.max()) if count.numel() else 0
+    length = int(count.max()) if count.numel() else 0
     place = torch.where(active, number - 1, -1)
     slot = torch.where(active, place, length).long()
     tokens = torch.arange(m, dtype=torch.int32, device=active.device).expand_as(place)

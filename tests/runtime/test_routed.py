@@ -16,7 +16,7 @@ from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.text import to_line, to_text
 from attncompiler.passes.compact_rows import compact_rows
-from attncompiler.runtime import routed, triton_launch
+from attncompiler.runtime import routed, row_kernels, triton_launch
 from attncompiler.runtime.rows import rows_of
 from tests.programs import PROGRAMS, judge_on, operands, program
 
@@ -136,6 +136,31 @@ def test_rows() -> None:
     x = torch.arange(1.0, 11).view(1, 2, 5)
     assert rows.take(x).tolist() == [[[2, 3, 5], [0, 0, 0]]]
     assert torch.equal(rows.put(rows.take(x)), x * active)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("nan_if_empty", [False, True])
+def test_the_kernels_that_move_rows(nan_if_empty: bool) -> None:
+    """Against torch, with strides, more rows than a program moves, and lists that end anywhere."""
+    active = torch.rand(2, 150, 3).transpose(1, 2) > 0.4
+    active[0, 1] = False
+    rows, listed = rows_of(active), row_kernels.list_rows(active)
+    longest = rows.length
+    assert torch.equal(listed[0][..., :longest], rows.index) and torch.equal(listed[1], rows.count)
+    assert torch.equal(listed[2], rows.place)
+    x, gain = torch.randn(2, 150, 3, 48).transpose(1, 2)[..., ::2], torch.randn(2, 150, 3).transpose(1, 2)
+    lse, summed = torch.randn(2, 3, 150), torch.randn(2, 3, 150, 24)
+    expected = rows.take_gradients(x, lse, gain, summed[:, :, :longest])
+    found = row_kernels.take_rows(x, listed[0], listed[1], gain, summed, lse)
+    torch.testing.assert_close((found[0][:, :, :longest], found[2][..., :longest], found[1]), expected)  # type: ignore[index]
+    assert not found[0][:, :, longest:].any()
+    taken, lse_rows = rows.take(x), rows.take(lse).masked_fill(rows.index % 5 == 0, -torch.inf)
+    for heads_first in (True, False):
+        put = rows.put_vectors(taken, lse_rows, gain, nan_if_empty, heads_first)
+        padded = torch.nn.functional.pad(taken, (0, 0, 0, 150 - longest)), torch.nn.functional.pad(lse_rows, (0, 150 - longest))
+        ours = row_kernels.put_rows(padded[0], rows.place, gain, padded[1], nan_if_empty, heads_first)
+        torch.testing.assert_close(ours, put, equal_nan=True)
+        assert ours[0].stride() == put[0].stride()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

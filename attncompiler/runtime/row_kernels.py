@@ -1,0 +1,171 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""The kernels of rows by list, for a GPU: each moves every row once. rows.py has in torch what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attncompiler.runtime.launch import Constants, Launch
+from attncompiler.tuning.schedule import KernelSchedule
+
+_ROWS = 64  # of one program
+_LAUNCHES: dict[Hashable, Launch] = {}
+_MOST = 512  # launches remembered
+
+
+def _run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None], constants: Constants) -> None:
+    """Launch a kernel; a tensor that is None is an argument that this variant does not look at."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    device = next(iter(given.values())).device
+    key = kernel, grid, device, tuple(constants.values()), tuple((name, tensor.dtype) for name, tensor in given.items())
+    launch = _LAUNCHES.get(key)
+    if launch is None:
+        if len(_LAUNCHES) >= _MOST:
+            _LAUNCHES.pop(next(iter(_LAUNCHES)))
+        absent = {name: None for name in tensors if name not in given}
+        schedule = KernelSchedule(_ROWS, _ROWS, 4, 1)
+        launch = Launch(kernel, kernel.__name__, grid, {**constants, **absent}, given, schedule, None, {})
+        _LAUNCHES[key] = launch
+    launch(given)
+
+
+@triton.jit
+def _list_rows(Active, Index, Count, Place, H, M, stride_b, stride_h, stride_m, BLOCK: tl.constexpr):
+    b = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    lists = tl.program_id(0).to(tl.int64) * M
+    found = 0
+    last = 0
+    for start in range(0, M, BLOCK):
+        query = start + tl.arange(0, BLOCK)
+        at = Active + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + query.to(tl.int64) * stride_m
+        active = (tl.load(at, mask=query < M, other=0) != 0).to(tl.int32)
+        place = found + tl.cumsum(active, 0) - 1
+        tl.store(Place + lists + query, tl.where(active != 0, place, -1), mask=query < M)
+        tl.store(Index + lists + place, query, mask=active != 0)
+        found += tl.sum(active, 0)
+        last = tl.maximum(last, tl.max(query * active, 0))
+    tl.store(Count + tl.program_id(0), found)
+    for start in range(found // BLOCK * BLOCK, M, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(Index + lists + place, tl.zeros([BLOCK], tl.int32) + last, mask=(place >= found) & (place < M))
+
+
+def list_rows(active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index [b, h, q_idx], count [b, h] and place [b, h, q_idx] of `active`, bool [b, h, q_idx]."""
+    b, h, m = active.shape
+    index, place = torch.empty((2, b, h, m), dtype=torch.int32, device=active.device)
+    count = torch.empty((b, h), dtype=torch.int32, device=active.device)
+    if active.numel():
+        strides = dict(zip(("stride_b", "stride_h", "stride_m"), active.stride(), strict=True))
+        tensors = {"Active": active.view(torch.uint8), "Index": index, "Count": count, "Place": place}
+        _run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": 1024})
+    return index, count, place
+
+
+@triton.jit
+def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M, D, x_b, x_h, x_m, x_d, g_b, g_h, g_m,
+               ROWS: tl.constexpr, CHANNELS: tl.constexpr, GAINS: tl.constexpr, GRADS: tl.constexpr,
+               STATISTICS: tl.constexpr):  # fmt: skip
+    pair = tl.program_id(1)
+    b = (pair // H).to(tl.int64)
+    h = (pair % H).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    listed = place < tl.load(Count + pair)
+    rows = pair.to(tl.int64) * M + place
+    query = tl.load(Index + rows, mask=listed, other=0).to(tl.int64)
+    if STATISTICS:
+        lse = tl.load(Lse + pair.to(tl.int64) * M + query, mask=listed, other=0.0)
+        tl.store(LseRows + rows, lse, mask=place < M)
+    channels = tl.arange(0, CHANNELS)
+    inside = channels[None, :] < D
+    at = X + b * x_b + h * x_h + query[:, None] * x_m + channels[None, :] * x_d
+    x = tl.load(at, mask=listed[:, None] & inside, other=0.0)
+    if GRADS:
+        summed = tl.load(Summed + rows[:, None] * D + channels[None, :], mask=listed[:, None] & inside, other=0.0)
+        along = tl.sum(x.to(tl.float32) * summed.to(tl.float32), 1)
+        tl.store(GradGain + pair.to(tl.int64) * M + query, along, mask=listed)
+    if GAINS:
+        gain = tl.load(Gain + b * g_b + h * g_h + query * g_m, mask=listed, other=0.0)
+        x = x.to(tl.float32) * gain.to(tl.float32)[:, None]
+    tl.store(Out + rows[:, None] * D + channels[None, :], x.to(Out.dtype.element_ty), mask=(place[:, None] < M) & inside)
+
+
+def take_rows(
+    x: Tensor, index: Tensor, count: Tensor, gain: Tensor | None = None, summed: Tensor | None = None, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of x [b, h, q_idx, D] by list, times a gain of each [b, h, q_idx]. For `summed` [b, h, q_idx, D], by list, also its
+    product with each row before the gain, float32 [b, h, q_idx], where the row came from, 0 elsewhere. And lse [b, h, q_idx] by
+    list; all are 0 past the end of a list."""
+    b, h, m, d = x.shape
+    out = torch.empty((b, h, m, d), dtype=x.dtype, device=x.device)
+    along = None if summed is None else torch.zeros((b, h, m), dtype=torch.float32, device=x.device)
+    lse_rows = None if lse is None else torch.empty_like(lse)
+    gain_strides = (0, 0, 0) if gain is None else gain.stride()
+    if x.numel():
+        tensors = {"X": x, "Out": out, "Index": index, "Count": count, "Gain": gain, "Summed": summed, "GradGain": along,
+                   "Lse": lse, "LseRows": lse_rows}  # fmt: skip
+        constants = {"H": h, "M": m, "D": d, **_strides("x", x.stride()), **_strides("g", gain_strides), "GAINS": gain is not None,
+                     "GRADS": summed is not None, "STATISTICS": lse is not None}  # fmt: skip
+        _run(_take_rows, (triton.cdiv(m, _ROWS), b * h), tensors, {**constants, **_tile(d)})
+    return out, along, lse_rows
+
+
+@triton.jit
+def _put_rows(X, Out, Place, Gain, LseRows, Lse, H, M, D, o_b, o_h, o_m, g_b, g_h, g_m,
+              ROWS: tl.constexpr, CHANNELS: tl.constexpr, GAINS: tl.constexpr, STATISTICS: tl.constexpr,
+              NAN_IF_EMPTY: tl.constexpr):  # fmt: skip
+    pair = tl.program_id(1)
+    b = (pair // H).to(tl.int64)
+    h = (pair % H).to(tl.int64)
+    query = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    place = tl.load(Place + pair.to(tl.int64) * M + query, mask=query < M, other=-1)
+    listed = place >= 0
+    rows = pair.to(tl.int64) * M + place
+    channels = tl.arange(0, CHANNELS)
+    inside = channels[None, :] < D
+    x = tl.load(X + rows[:, None] * D + channels[None, :], mask=listed[:, None] & inside, other=0.0)
+    if GAINS:
+        gain = tl.load(Gain + b * g_b + h * g_h + query * g_m, mask=listed, other=0.0)
+        x = tl.where(listed[:, None], x.to(tl.float32) * gain.to(tl.float32)[:, None], 0.0)
+    if STATISTICS:
+        lse = tl.load(LseRows + rows, mask=listed, other=float("-inf"))
+        tl.store(Lse + pair.to(tl.int64) * M + query, lse, mask=query < M)
+        if NAN_IF_EMPTY:
+            x = tl.where((listed & (lse == float("-inf")))[:, None], float("nan"), x)
+    at = Out + b * o_b + h * o_h + query[:, None] * o_m + channels[None, :]
+    tl.store(at, x.to(Out.dtype.element_ty), mask=(query[:, None] < M) & inside)
+
+
+def put_rows(
+    x: Tensor, place: Tensor, gain: Tensor | None = None, lse_rows: Tensor | None = None, nan_if_empty: bool = False,
+    heads_first: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Rows of x [b, h, q_idx, D] back to where they came from, times a gain of each, 0 elsewhere; `lse_rows` [b, h, q_idx]
+    likewise, -inf elsewhere. `nan_if_empty`: a row whose lse is -inf is NaN. In memory
+    [b, h, q_idx, D], or [b, q_idx, h, D] without `heads_first`."""
+    b, h, m, d = x.shape
+    strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
+    out = torch.empty_strided((b, h, m, d), strides, dtype=x.dtype, device=x.device)
+    lse = None if lse_rows is None else torch.empty_like(lse_rows)
+    gain_strides = (0, 0, 0) if gain is None else gain.stride()
+    if x.numel():
+        tensors = {"X": x, "Out": out, "Place": place, "Gain": gain, "LseRows": lse_rows, "Lse": lse}
+        constants = {"H": h, "M": m, "D": d, **_strides("o", strides[:3]), **_strides("g", gain_strides), "GAINS": gain is not None,
+                     "STATISTICS": lse is not None, "NAN_IF_EMPTY": nan_if_empty}  # fmt: skip
+        _run(_put_rows, (triton.cdiv(m, _ROWS), b * h), tensors, {**constants, **_tile(d)})
+    return out, lse
+
+
+def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:
+    return {f"{letter}_{axis}": stride for axis, stride in zip("bhmd", strides, strict=False)}
+
+
+def _tile(channels: int) -> dict[str, int]:
+    return {"ROWS": _ROWS, "CHANNELS": triton.next_power_of_2(channels)}
