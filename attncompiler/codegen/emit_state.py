@@ -22,7 +22,7 @@ MAX_CHANNELS = 256
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One result of a recurrence, as templates/chunked_state.py has it. `along`: what its gradient of a logarithm is taken along."""
+    """One result of a recurrence, as templates/chunked_state.py has it. `along`: what it is multiplied by for a decay's gradient."""
 
     kernel: str
     x: str
@@ -51,8 +51,8 @@ class StateLayout:
     """What the operands look like at run time, as far as the source depends on it.
 
     `groups`: heads that share a query, a key and a value vector. `segmented`: whether a sequence is cut. `entering`, `arriving`:
-    whether there is a state before the first step, and a gradient of the one after the last. `of_decay`: whether the gradient of the
-    decay is asked for."""
+    whether there is a state before the first step, and a gradient of the one after the last. `of_decay`: whether the decay's gradient
+    is asked for."""
 
     groups: tuple[int, int, int]
     segmented: bool
@@ -139,7 +139,7 @@ class StateEmission:
             chunked_state.STATES,
             kernel=kernel,
             parameters=signature([*parameters, *self.strides(y, z), *_TILES]),
-            slices=self.slices(z, schedule),
+            which=self.which(z, schedule),
             block_x=str(padded(self.size[y])),
             place_y=self.place(y, "rows", transposed=True),
             place_z=self.place(z, "channels"),
@@ -193,7 +193,7 @@ class StateEmission:
             chunked_state.WALK,
             kernel=role.kernel,
             parameters=signature([*parameters, *self.strides(*operands), *_strides("out"), *_TILES]),
-            slices=self.slices(z, schedule),
+            which=self.which(z, schedule),
             block_x=str(padded(self.size[x])),
             x=x,
             y=y,
@@ -215,29 +215,28 @@ class StateEmission:
             products=self.products(role, along),
             scale="" if role.backward or self.recurrence.scale == 1.0 else f"out *= {self.recurrence.scale!r}",
             write=self.write(y, z, role.backward),
-            channel_mask=self.channel_mask(z, schedule),
+            store=self.store(z, schedule),
             leave=self.leave(role) if leaves else "",
         )
 
     def read(self, role: Role) -> str:
         """One result where all steps read one state."""
         x, z, schedule = role.x, role.z, self.schedule.walk
-        parameters = [*self.pointers(x), "Out", "States", "H", "N"]
+        parameters = [*self.pointers(x), "Out", "States", "H", "STEPS", "SEGMENT"]
         return fill(
             chunked_state.READ,
             kernel=role.kernel,
             parameters=signature([*parameters, *self.strides(x), *_strides("out"), *_TILES]),
-            slices=self.slices(z, schedule),
+            which=self.which(z, schedule),
             block_x=str(padded(self.size[x])),
             x=x,
             place_x=self.place(x, "rows"),
-            enter="at = bh * {} + {}\nstate = tl.load(States + at{})".format(
-                self.elements, self.state_offsets(role.transposed), self.state_mask(x, z, schedule, load=True)
-            ),
+            enter=f"at = bh * {self.elements} + {self.state_offsets(role.transposed)}\n"
+            f"state = tl.load(States + at{self.state_mask(x, z, schedule, load=True)})",
             load_x=self.load(x, self.all_masked(x)),
             precision=self.precision,
             scale="" if role.backward or self.recurrence.scale == 1.0 else f"out *= {self.recurrence.scale!r}",
-            channel_mask=self.channel_mask(z, schedule),
+            store=self.store(z, schedule),
         )
 
     # ------------------------------------------------------------------------------------------------- parameters
@@ -249,8 +248,20 @@ class StateEmission:
     def slices(self, z: str, schedule: ChunkSchedule) -> str:
         return str(-(-self.size[z] // self.block_z(z, schedule)))
 
-    def channel_mask(self, z: str, schedule: ChunkSchedule) -> str:
-        return f" & (channels[None, :] < {self.size[z]})" if self.slice_masked(z, schedule) else ""
+    def which(self, z: str, schedule: ChunkSchedule) -> str:
+        """The batch and head of a program, and its slice of z's channels."""
+        slices = self.slices(z, schedule)
+        if slices == "1":
+            return "bh = tl.program_id(0).to(tl.int64)\nchannels = tl.arange(0, BLOCK_Z)"
+        first = f"tl.program_id(0) % {slices} * BLOCK_Z"
+        return f"bh = (tl.program_id(0) // {slices}).to(tl.int64)\nchannels = {first} + tl.arange(0, BLOCK_Z)"
+
+    def store(self, z: str, schedule: ChunkSchedule) -> str:
+        mask = f" & (channels[None, :] < {self.size[z]})" if self.slice_masked(z, schedule) else ""
+        return (
+            "tl.store(out_at + start.to(tl.int64) * stride_out_row + out_offsets, out.to(Out.dtype.element_ty), "
+            f"mask=inside[:, None]{mask})"
+        )
 
     def pointers(self, *names: str) -> list[str]:
         return [_POINTERS[name] for name in dict.fromkeys(names)]
@@ -322,8 +333,8 @@ class StateEmission:
         return f"log = tl.load(LogDecay + bh) * {LOG2E!r}" if self.decays is Decays.BY_HEAD else ""
 
     def decay_lines(self, backward: bool, within: bool) -> str:
-        """`reads` from the state to a step, `writes` from a step to the state, `whole` across the chunk; `within` it, from each step of
-        the columns to one of the rows that sees it, else 0. Walking back, steps of the rows are seen by those of the columns."""
+        """`reads` from the state to a step, `writes` from a step to the state, `whole` across the chunk; `within` it, from each step
+        of the columns to one of the rows that sees it, else 0. Walking back, steps of the rows are seen by those of the columns."""
         later, earlier = ("[None, :]", "[:, None]") if backward else ("[:, None]", "[None, :]")
         apart = f"steps{later} - steps{earlier}"
         lines = [f"sees = {apart} >= {int(self.strict)}"] if within else []

@@ -86,7 +86,7 @@ class _Call:
         self.views = {"Q": bound.view(recurrence.query, QUERY_AXES), "K": bound.view(recurrence.key, KEY_AXES)}
         self.views["V"] = bound.view(recurrence.value, VALUE_AXES)
         target = target_of(self.device)
-        self.schedule = choose_state_schedule(max(extents["c"], extents["d"]), value.element_size(), target)
+        self.schedule = choose_state_schedule(max(extents["c"], extents["d"]), value.element_size(), target, of_decay)
         slices = -(-max(extents["c"], extents["d"]) // self.schedule.walk.block_z)
         self.segment = segment_length(max(self.n, 1), self.b * self.h, slices, target)
         self.segments = max(-(-self.n // self.segment), 1)
@@ -114,6 +114,7 @@ class _Call:
         z = self.emission.sliced(kernel)
         block_z = self.emission.block_z(z, schedule) if schedule.block_z else 0
         constants = {"H": self.h, "N": self.n, "SEGMENT": self.segment, "SEGMENTS": self.segments, "BLOCK_Z": block_z}
+        constants["STEPS"] = self._steps(kernel)
         for name, values in strides.items():
             constants |= {f"stride_{name}_{axis}": value for axis, value in zip(("b", "h", "row", "channel"), values, strict=True)}
         grid = self._grid(kernel)
@@ -127,10 +128,11 @@ class _Call:
             return heads, -(-self.emission.elements // 1024)
         schedule = self.emission.kernels[kernel]
         across = heads * int(self.emission.slices(self.emission.sliced(kernel), schedule))
-        if kernel in ROLES and self.all:
-            steps = self.shape[2] if kernel in (OUTPUTS.kernel, QUERIES.kernel) else self.n
-            return across, -(-steps // schedule.block_n)
-        return across, self.segments
+        return across, -(-self._steps(kernel) // self.segment) if kernel in ROLES else self.segments
+
+    def _steps(self, kernel: str) -> int:
+        """Steps that a result has: queries, or keys."""
+        return self.shape[2] if kernel in (OUTPUTS.kernel, QUERIES.kernel) else self.n
 
 
 _CALLS: dict[object, _Call] = {}
@@ -185,8 +187,8 @@ class _Run:
         return self.bound.start().contiguous() if self.call.recurrence.start else None
 
     def states(self, backward: bool, first: Tensor | None, last: Tensor) -> Tensor | None:
-        """The states that enter segments, [b * h, segments, c, d]; walking back, the gradients of those that leave them. The one past
-        all of them goes to `last`. A sequence that is not cut is walked from `first`."""
+        """The states that enter segments, [b * h, segments, c, d]; walking back, the gradients of those that leave them. The one
+        past all of them goes to `last`. A sequence that is not cut is walked from `first`."""
         call = self.call
         if not call.cut:
             return first

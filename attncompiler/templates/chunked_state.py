@@ -12,8 +12,8 @@ and keeps S = sum of decay * y[j] z[j]^T, from which out[i] reads what came befo
     dV          k   q   dO  backward     dS = sum q dO^T
     dK          v   dO  q   backward     dS^T
 
-So one template is all four. y comes from memory as [channels, steps]: no tile in registers is transposed before a product (Triton 3.4
-to 3.7.0 miscompiles that on Hopper). Exponents are differences of cumulated logarithms, from a step to a later one.
+So one template is all four. y comes from memory as [channels, steps]: no tile in registers is transposed before a product (Triton
+3.4 to 3.7.0 miscompiles that on Hopper). Exponents are differences of cumulated logarithms, from a step to a later one.
 
 B * H alone rarely fills a GPU: a sequence is cut into segments. Their states come from a pass over y and z, a scan makes of these
 what enters each segment, and every segment is walked by programs of its own, each with a slice of z's channels.
@@ -22,12 +22,11 @@ what enters each segment, and every segment is walked by programs of its own, ea
 STATES = """
 @triton.jit
 def {kernel}({parameters}):
-    bh = (tl.program_id(0) // {slices}).to(tl.int64)
+    {which}
     b, h = bh // H, bh % H
     segment = tl.program_id(1)
     steps = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, {block_x})
-    channels = tl.program_id(0) % {slices} * BLOCK_Z + tl.arange(0, BLOCK_Z)
     {place_y}
     {place_z}
     {before}
@@ -67,12 +66,11 @@ def {kernel}({parameters}):
 WALK = """
 @triton.jit
 def {kernel}({parameters}):
-    bh = (tl.program_id(0) // {slices}).to(tl.int64)
+    {which}
     b, h = bh // H, bh % H
     segment = tl.program_id(1)
     steps = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, {block_x})
-    channels = tl.program_id(0) % {slices} * BLOCK_Z + tl.arange(0, BLOCK_Z)
     {place_x}
     {place_y}
     {place_z}
@@ -96,27 +94,28 @@ def {kernel}({parameters}):
         {products}
         {scale}
         {write}
-        tl.store(out_at + start.to(tl.int64) * stride_out_row + out_offsets, out.to(Out.dtype.element_ty), mask=inside[:, None]{channel_mask})
+        {store}
     {leave}
 """
 
-# All queries read one state: no walk.
+# All steps read one state.
 READ = """
 @triton.jit
 def {kernel}({parameters}):
-    bh = (tl.program_id(0) // {slices}).to(tl.int64)
+    {which}
     b, h = bh // H, bh % H
     steps = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, {block_x})
-    channels = tl.program_id(0) % {slices} * BLOCK_Z + tl.arange(0, BLOCK_Z)
     {place_x}
-    {enter}
-    start = tl.program_id(1) * BLOCK_N
-    inside = steps < N - start
-    {load_x}
-    out = tl.dot({x}, state.to({x}.dtype){precision})
-    {scale}
-    out_at = Out + b * stride_out_b + h * stride_out_h + start.to(tl.int64) * stride_out_row
+    out_at = Out + b * stride_out_b + h * stride_out_h
     out_offsets = steps[:, None] * stride_out_row + channels[None, :] * stride_out_channel
-    tl.store(out_at + out_offsets, out.to(Out.dtype.element_ty), mask=inside[:, None]{channel_mask})
+    {enter}
+    first = tl.program_id(1) * SEGMENT
+    for chunk in range(tl.cdiv(tl.minimum(SEGMENT, STEPS - first), BLOCK_N)):
+        start = first + chunk * BLOCK_N
+        inside = steps < STEPS - start
+        {load_x}
+        out = tl.dot({x}, state.to({x}.dtype){precision})
+        {scale}
+        {store}
 """

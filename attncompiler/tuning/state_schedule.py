@@ -34,22 +34,23 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def choose_state_schedule(channels: int, element: int, target: Target) -> StateSchedule:
-    """For states of up to `channels` features and channels, and operands of `element` bytes.
+def choose_state_schedule(channels: int, element: int, target: Target, of_decay: bool = False) -> StateSchedule:
+    """For states of up to `channels` features and channels, and operands of `element` bytes; `of_decay`: with its gradient.
 
-    The state stays in registers, features times BLOCK_Z of them: 64 channels of 128 features are 64 registers in each of 128 threads, which
-    leaves room for the scores and results of 64 steps, and for a second program on the multiprocessor, whose products run while the
-    first one waits for its loads."""
+    The state stays in registers, features times BLOCK_Z of them: 64 channels of 128 features are 64 registers in each of 128
+    threads. That leaves room for the scores and results of 64 steps, and for a second program on the multiprocessor, whose products
+    run while the first one waits. Registers are what limits all of these (spills for sm_90: none, or a few bytes, but for float32
+    above 128 channels)."""
     width = padded(channels)
     S = ChunkSchedule
-    if element == 4:
-        one = S(32, 32 if width <= 128 else 16, 4, 1)
-        return StateSchedule(one, one, target.float32)
+    if element == 4:  # three products for one, with operands split in registers
+        walk = S(32, 32, 4, 1) if width <= 64 else S(16, 32, 8, 1)
+        return StateSchedule(S(32, 32 if width <= 128 else 16, 4, 1), walk, target.float32)
     if width <= 64:
         return StateSchedule(S(64, 64, 4, 3), S(64, 64, 4, 3), target.float32)
     if width <= 128:
-        return StateSchedule(S(64, 128, 8, 3), S(64, 64, 4, 2), target.float32)
-    return StateSchedule(S(64, 64, 8, 2), S(64, 64, 8, 1), target.float32)
+        return StateSchedule(S(64, 128, 8, 3), S(32 if of_decay else 64, 64, 4, 2), target.float32)
+    return StateSchedule(S(64, 64, 8, 2), S(32, 32, 4, 1), target.float32)
 
 
 def segment_length(n: int, heads: int, slices: int, target: Target) -> int:
