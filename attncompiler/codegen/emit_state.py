@@ -22,7 +22,7 @@ MAX_CHANNELS = 256
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One result of a recurrence, as templates/chunked_state.py has it. `along`: what it is multiplied by for a decay's gradient."""
+    """One result of a recurrence, as templates/chunked_state.py has it. `along`: what a decay's gradient multiplies it by."""
 
     kernel: str
     x: str
@@ -51,8 +51,8 @@ class StateLayout:
     """What the operands look like at run time, as far as the source depends on it.
 
     `groups`: heads that share a query, a key and a value vector. `segmented`: whether a sequence is cut. `entering`, `arriving`:
-    whether there is a state before the first step, and a gradient of the one after the last. `of_decay`: whether the decay's gradient
-    is asked for."""
+    whether there is a state before the first step, and a gradient of the one after the last. `of_decay`: whether the gradient of
+    the decay is asked for."""
 
     groups: tuple[int, int, int]
     segmented: bool
@@ -389,8 +389,8 @@ class StateEmission:
         return f"state = tl.dot({y}_t, {written}, acc={kept}{self.precision})"
 
     def products(self, role: Role, along: str) -> str:
-        """Adds to `out` what the chunk's own steps give. With `along`, what a step gives itself is added last, after the sum that a
-        gradient of logarithms is made of: it has no decay, and would only cancel there."""
+        """Adds to `out` what the chunk's own steps give. With `along`, what a step gives itself is added last, after the sum that
+        a gradient of logarithms is made of: it has no decay, and would only cancel there."""
         z = role.z
         if not along:
             return f"out = tl.dot(scores.to({z}.dtype), {z}, acc=out{self.precision})"
