@@ -64,8 +64,8 @@ def linear_attention(
     q [B, H, M, D], k [B, Hk, N, D], v [B, Hk, N, Dv], of one floating dtype; with `enable_gqa` Hk may divide H. `decay`: natural
     logarithms, of each head [H] or of each head and token [B, H, N], at most 0; differentiable, as are q, k, v and the initial
     state. `feature_map` is applied to q and k. `causal`: a query sees the keys up to its own, and M = N; else all keys, decayed to
-    the last. `initial_state` is what earlier keys left, as `return_state` gave it: a prompt and then one token at a time is the same as
-    the whole sequence at once. Returns O [B, H, M, Dv], and with `return_state` the state after the last key, float32.
+    the last. `initial_state` is what earlier keys left, as `return_state` gave it: a prompt and then one token at a time is the
+    same as the whole sequence at once. Returns O [B, H, M, Dv], and with `return_state` the state after the last key, float32.
 
     Raises: OptionError for shapes, dtypes or options that do not fit, and on a CPU for a positive decay; DeviceError for tensors on
     different devices."""

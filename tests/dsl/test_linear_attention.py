@@ -63,7 +63,7 @@ def test_decay_of_tokens_and_groups_of_heads(causal: bool) -> None:
 def test_normaliser() -> None:
     inputs = _inputs()
     q, k, v = inputs
-    feature = lambda x: F.elu(x) + 1.0  # noqa: E731
+    feature = lambda x: F.elu(x) + 1.0
     found = linear_attention(q, k, v, feature_map=feature, normaliser=RowSum(eps=1e-4))
     row = _dense(feature(q), feature(k), torch.ones_like(v[..., :1]))
     _same(found, _dense(feature(q), feature(k), v) / (row + 1e-4), inputs)
