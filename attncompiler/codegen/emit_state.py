@@ -334,7 +334,7 @@ class StateEmission:
 
     def decay_lines(self, backward: bool, within: bool) -> str:
         """`reads` from the state to a step, `writes` from a step to the state, `whole` across the chunk; `within` it, from each step
-        of the columns to one of the rows that sees it, else 0. Walking back, steps of the rows are seen by those of the columns."""
+        of the columns to one of the rows that sees it, else 0. Walking back, rows are seen by columns."""
         later, earlier = ("[None, :]", "[:, None]") if backward else ("[:, None]", "[None, :]")
         apart = f"steps{later} - steps{earlier}"
         lines = [f"sees = {apart} >= {int(self.strict)}"] if within else []
