@@ -333,8 +333,8 @@ class StateEmission:
         return f"log = tl.load(LogDecay + bh) * {LOG2E!r}" if self.decays is Decays.BY_HEAD else ""
 
     def decay_lines(self, backward: bool, within: bool) -> str:
-        """`reads` from the state to a step, `writes` from a step to the state, `whole` across the chunk; `within` it, from each step
-        of the columns to one of the rows that sees it, else 0. Walking back, rows are seen by columns."""
+        """`reads` from the state to a step, `writes` from a step to the state, `whole` across a chunk; `within` it, from a step of
+        the columns to one of the rows that sees it, else 0. Walking back, rows are seen by columns."""
         later, earlier = ("[None, :]", "[:, None]") if backward else ("[:, None]", "[None, :]")
         apart = f"steps{later} - steps{earlier}"
         lines = [f"sees = {apart} >= {int(self.strict)}"] if within else []
