@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from attncompiler.codegen.recurrence import Decays, Past, Recurrence
+from attncompiler.codegen.recurrence import Decays, Past, Recurrence, undivided
 from attncompiler.codegen.strided import group_of
 from attncompiler.codegen.text import fill, signature
 from attncompiler.errors import UnsupportedProgram
@@ -78,8 +78,6 @@ def channels_of(recurrence: Recurrence) -> tuple[int, int]:
         raise refuse("queries, keys and values that are not all float32, bfloat16 or float16", "tensor cores multiply these")
     if recurrence.past is Past.ALL and recurrence.decays is not Decays.NEVER:
         raise refuse("a decay where every query sees all keys", "kernels have one for queries that see the past alone")
-    if recurrence.weigh != ONE:
-        raise refuse("a normaliser", "kernels do not sum rows yet")
     return c, d
 
 
@@ -433,7 +431,13 @@ def _header(recurrence: Recurrence) -> str:
 
 
 def state_source(recurrence: Recurrence, target: Target) -> str:
-    """What would run on a target of operands that lie dense, segmented, with every gradient: for people to read."""
+    """What would run on a target of operands that lie dense, segmented, with every gradient: for people to read. The rows of a
+    normaliser have kernels of their own. Raises: UnsupportedProgram, in the user's words."""
+    parts = undivided(recurrence) if recurrence.weigh != ONE else (recurrence,)
+    return "\n\n".join(_source(part, target) for part in parts)
+
+
+def _source(recurrence: Recurrence, target: Target) -> str:
     c, d = channels_of(recurrence)
     dtype = recurrence.program.decls[recurrence.query.tensor].dtype
     schedule = choose_state_schedule(max(c, d), 4 if dtype is Dtype.F32 else 2, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncompiler.codegen.strided import is_affine
 from attncompiler.errors import UnsupportedProgram
@@ -15,7 +15,6 @@ from attncompiler.ir.expr import (
     Q_IDX,
     ZERO,
     Apply,
-    Axis,
     B,
     Const,
     Expr,
@@ -26,8 +25,8 @@ from attncompiler.ir.expr import (
     reads_of,
     sub,
 )
-from attncompiler.ir.program import Dtype
-from attncompiler.ir.state import C, Correction, D, Moment, State
+from attncompiler.ir.program import Dtype, TensorDecl
+from attncompiler.ir.state import C, Correction, D, Moment, Start, State
 
 QUERY_AXES, KEY_AXES, VALUE_AXES = (B, H, Q_IDX, C), (B, H, KV_IDX, C), (B, H, KV_IDX, D)
 STATE_AXES, ROW_AXES = (B, H, C, D), (B, H, C)
@@ -96,6 +95,26 @@ def recurrence_of(program: State) -> Recurrence:
             why="it is part of the language, with a meaning (ir.interpret_program), but no kernel of linear attention computes it",
             do=error.do,
         ) from None
+
+
+@functools.lru_cache(maxsize=4096)
+def undivided(recurrence: Recurrence) -> tuple[Recurrence, ...]:
+    """A recurrence without its division; where that reads rows, also the one whose O, of a single channel, is the rows: its values
+    are an operand `ones` of one element."""
+    program = recurrence.program
+    above = recurrence_of(replace(program, weigh=ONE, start=Start(program.start.state)))
+    if not recurrence.normalised:
+        return (above,)
+    ones = TensorDecl("ones", recurrence.value_dtype, (ONE,))
+    rows = replace(
+        program,
+        axes=replace(program.axes, d=ONE),
+        tensors=(*program.tensors, ones),
+        value=Read(ones.name, (ZERO,)),
+        start=Start(program.start.row),
+        weigh=ONE,
+    )
+    return above, recurrence_of(rows)
 
 
 class _NotThere(Exception):
@@ -184,12 +203,3 @@ def _start(expr: Expr, name: str) -> tuple[Read, ...]:
     if not isinstance(expr, Read) or not is_affine(expr):
         raise _NotThere(f"an initial {name} that is computed within the state", _BEFORE)
     return (expr,)
-
-
-def axes_for(recurrence: Recurrence, read: Read) -> tuple[Axis, ...]:
-    """The axes of the view that shows a read of the recurrence."""
-    if read in recurrence.start:
-        return STATE_AXES
-    if read in recurrence.start_row:
-        return ROW_AXES
-    return QUERY_AXES if read == recurrence.query else KEY_AXES if read == recurrence.key else VALUE_AXES

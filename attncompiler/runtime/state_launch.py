@@ -11,9 +11,9 @@ from torch import Tensor
 from attncompiler.codegen.bound_state import Bound, StateGradients
 from attncompiler.codegen.emit_state import KEYS, OUTPUTS, QUERIES, ROLES, VALUES, Role, StateEmission, StateLayout, emit_state
 from attncompiler.codegen.kernel_module import load_module
-from attncompiler.codegen.recurrence import KEY_AXES, QUERY_AXES, VALUE_AXES, Decays, Past, Recurrence
+from attncompiler.codegen.recurrence import KEY_AXES, QUERY_AXES, VALUE_AXES, Decays, Past, Recurrence, undivided
 from attncompiler.codegen.strided import StridedView, strided_view
-from attncompiler.ir.expr import Axis, Read, reads_of
+from attncompiler.ir.expr import ONE, Axis, Read, reads_of
 from attncompiler.runtime.launch import Launch
 from attncompiler.runtime.prepared import target_of
 from attncompiler.tuning.schedule import KernelSchedule
@@ -26,14 +26,18 @@ def forward(
     recurrence: Recurrence, operands: Mapping[str, Tensor], sizes: Mapping[str, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """O, the final states, z and the rows, as portable_state.forward gives them."""
-    call = _call(recurrence, operands, sizes)
-    run = _Run(call, operands, sizes)
-    b, h, m, c, d = call.shape
-    o = torch.empty((b, m, h, d), dtype=call.dtype, device=call.device).transpose(1, 2)
-    final = run.empty(b, 1, h, c, d)
-    states = run.states(backward=False, first=run.start(), last=final)
-    run.result(OUTPUTS, o, states, left=final)
-    return o, final, run.empty(0), run.empty(0)
+    dtype = operands[recurrence.value.tensor].dtype
+    if recurrence.weigh == ONE:
+        o, final = _forward(recurrence, operands, sizes, dtype)
+        return o, final, final.new_empty(0), final.new_empty(0)
+    above, *normaliser = undivided(recurrence)
+    o, final = _forward(above, operands, sizes, torch.float32)
+    z, rows = final.new_empty(0), final.new_empty(0)
+    for part in normaliser:
+        wide, states = _forward(part, _with_ones(operands, o, dtype), sizes, torch.float32)
+        rows, z = wide.squeeze(-1).contiguous(), states.squeeze(-1)
+    o = Bound(recurrence, operands, sizes).divided(o, rows, 0, o.shape[2])
+    return o.to(dtype), final, z, rows
 
 
 def backward(
@@ -48,6 +52,50 @@ def backward(
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients of the operands in `wanted`."""
+    if recurrence.weigh == ONE:
+        return _backward(recurrence, operands, sizes, grad_o, grad_final, wanted)
+    above, *normaliser = undivided(recurrence)
+    bound = Bound(recurrence, operands, sizes)
+    total = bound.totals(frozenset(read.tensor for read in reads_of(recurrence.weigh)) & wanted)
+    grad, grad_rows = bound.before_division(o, rows, grad_o, total)
+    found = [total, _backward(above, operands, sizes, grad, grad_final, wanted & above.differentiable)]
+    for part in normaliser:
+        whole, of_z = grad_rows.unsqueeze(-1), None if grad_z is None else grad_z.unsqueeze(-1)
+        given = _with_ones(operands, o, o.dtype)
+        found.append(_backward(part, given, sizes, whole, of_z, wanted & part.differentiable))
+    summed: dict[str, Tensor] = {}
+    for gradients in found:
+        for name, gradient in gradients.items():
+            summed[name] = summed[name] + gradient if name in summed else gradient
+    return {name: gradient.to(operands[name].dtype) for name, gradient in summed.items()}
+
+
+def _with_ones(operands: Mapping[str, Tensor], like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {**operands, "ones": torch.ones(1, dtype=dtype, device=like.device)}
+
+
+def _forward(
+    recurrence: Recurrence, operands: Mapping[str, Tensor], sizes: Mapping[str, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """O, in `dtype`, and the final states."""
+    call = _call(recurrence, operands, sizes)
+    run = _Run(call, operands, sizes)
+    b, h, m, c, d = call.shape
+    o = torch.empty((b, m, h, d), dtype=dtype, device=call.device).transpose(1, 2)
+    final = run.empty(b, 1, h, c, d)
+    states = run.states(backward=False, first=run.start(), last=final)
+    run.result(OUTPUTS, o, states, left=final)
+    return o, final
+
+
+def _backward(
+    recurrence: Recurrence,
+    operands: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    grad_o: Tensor,
+    grad_final: Tensor | None,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
     of_decay = bool({read.tensor for read in reads_of(recurrence.log_decay)} & wanted)
     call = _call(recurrence, operands, sizes, arriving=grad_final is not None, of_decay=of_decay)
     run = _Run(call, {**operands, "DO": grad_o.to(call.dtype)}, sizes)

@@ -16,13 +16,13 @@ from attncompiler.tuning.state_schedule import ChunkSchedule, StateSchedule
 from tests.states import STATES, judge, operands, recurrence, state
 
 WITH_KERNELS = [name for name in STATES if not unsupported(recurrence(name, 5, 16, 16))]
-SIZES = [(1, 16, 16), (33, 8, 40), (70, 32, 16)]  # steps, features, channels
+SIZES = [(1, 16, 16), (33, 8, 40), (45, 32, 16)]  # steps, features, channels
 SMALL = StateSchedule(ChunkSchedule(16, 16, 4, 1), ChunkSchedule(16, 16, 4, 1), "ieee")
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", WITH_KERNELS)
-@pytest.mark.parametrize(("sizes", "cut"), [(SIZES[0], False), (SIZES[1], True), (SIZES[2], False), (SIZES[2], True)], ids=str)
+@pytest.mark.parametrize(("sizes", "cut"), [(SIZES[0], False), (SIZES[1], True), (SIZES[2], False)], ids=str)
 def test_forward_and_gradients(name: str, sizes: tuple[int, int, int], cut: bool) -> None:
     with (
         mock.patch.object(state_launch, "choose_state_schedule", lambda *_: SMALL),
@@ -39,8 +39,7 @@ def test_strided_operands(dtype: str) -> None:
 
 
 def test_kernels_are_for_what_they_can_do() -> None:
-    assert len(WITH_KERNELS) == 7
-    assert "normaliser" in unsupported(recurrence("normalised", 5, 16, 16))
+    assert len(WITH_KERNELS) == 10
     assert "512 by 16" in unsupported(recurrence("plain", 5, 512, 16))
     assert "float32, bfloat16 or float16" in unsupported(recurrence("plain", 5, 16, 16, "f64"))
 
