@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attncompiler import RowSum, StateValue, linear_attention
+from attncompiler import RowSum, StateValue, explain, linear_attention
 from attncompiler.errors import OptionError
 
 B, H, N, D, E = 2, 4, 37, 8, 6
@@ -97,6 +97,14 @@ def test_lengths_may_change_without_a_new_graph() -> None:
         q = torch.randn(1, 2, n, 8)
         torch.testing.assert_close(run(q, q, q), _dense(q, q, q), rtol=1e-4, atol=1e-3)
     assert counted.frame_count == 1
+
+
+def test_explain_shows_the_program_and_its_kernels() -> None:
+    found = explain(lambda q: linear_attention(q, q, q, decay=-torch.ones(2)), torch.randn(1, 2, 64, 16))
+    (region,) = found.regions
+    assert (region.family, region.mask) == ("state", "kv_idx <= q_idx") and region.ir.startswith("state")
+    assert "def state_outputs(" in region.kernels["state"] and region.source_location.startswith("test_linear_attention.py:")
+    assert "kv_idx <= q_idx" in str(found)
 
 
 X = torch.zeros(1, 2, 5, 8)
