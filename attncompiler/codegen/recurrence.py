@@ -97,26 +97,6 @@ def recurrence_of(program: State) -> Recurrence:
         ) from None
 
 
-@functools.lru_cache(maxsize=4096)
-def undivided(recurrence: Recurrence) -> tuple[Recurrence, ...]:
-    """A recurrence without its division; where that reads rows, also the one whose O, of a single channel, is the rows: its values
-    are an operand `ones` of one element."""
-    program = recurrence.program
-    above = recurrence_of(replace(program, weigh=ONE, start=Start(program.start.state)))
-    if not recurrence.normalised:
-        return (above,)
-    ones = TensorDecl("ones", recurrence.value_dtype, (ONE,))
-    rows = replace(
-        program,
-        axes=replace(program.axes, d=ONE),
-        tensors=(*program.tensors, ones),
-        value=Read(ones.name, (ZERO,)),
-        start=Start(program.start.row),
-        weigh=ONE,
-    )
-    return above, recurrence_of(rows)
-
-
 class _NotThere(Exception):
     def __init__(self, what: str, do: str) -> None:
         self.what, self.do = what, do
@@ -203,3 +183,23 @@ def _start(expr: Expr, name: str) -> tuple[Read, ...]:
     if not isinstance(expr, Read) or not is_affine(expr):
         raise _NotThere(f"an initial {name} that is computed within the state", _BEFORE)
     return (expr,)
+
+
+@functools.lru_cache(maxsize=4096)
+def undivided(recurrence: Recurrence) -> tuple[Recurrence, ...]:
+    """A recurrence without its division; where that reads rows, also the one whose O, of a single channel, is the rows: its values
+    are an operand `ones` of one element."""
+    program = recurrence.program
+    above = recurrence_of(replace(program, weigh=ONE, start=Start(program.start.state)))
+    if not recurrence.normalised:
+        return (above,)
+    ones = TensorDecl("ones", recurrence.value_dtype, (ONE,))
+    rows = replace(
+        program,
+        axes=replace(program.axes, d=ONE),
+        tensors=(*program.tensors, ones),
+        value=Read(ones.name, (ZERO,)),
+        start=Start(program.start.row),
+        weigh=ONE,
+    )
+    return above, recurrence_of(rows)
