@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from attncompiler.backend import compile_or_leave
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
+from attncompiler.declared_state import declared_states
 from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE
 from attncompiler.ir.phase_text import program_text
@@ -36,12 +37,13 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     `f` may be a function, a module, or either of them compiled already. Raises: what `f` itself raises."""
     sites, explanation = trace(f, *args, **kwargs)
-    return replace(explanation, regions=tuple(_region(site) for site in sites))
+    return replace(explanation, regions=(*map(_region, sites), *explanation.regions))
 
 
 def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site], Explanation]:
-    """The sites of `f`, and everything of its explanation but the regions."""
+    """The sites of `f`, and its explanation, in which they have no regions yet."""
     sites: list[Site] = []
+    declared: list[Region] = []
     missed: list[Missed] = []
     graphs = 0
 
@@ -51,6 +53,7 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
         compiled = compile_or_leave(module, inputs)
         sites.extend(compiled.sites)
         missed.extend(compiled.missed)
+        declared.extend(declared_states(module))
         return module.forward
 
     original = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", f))
@@ -59,7 +62,7 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
         torch.compile(original, backend=record)(*args, **kwargs)
     after = torch._dynamo.utils.counters["graph_break"]
     new_breaks = tuple(reason for reason, count in after.items() if count > breaks.get(reason, 0))
-    return sites, Explanation((), tuple(missed), graphs, new_breaks)
+    return sites, Explanation(tuple(declared), tuple(missed), graphs, new_breaks)
 
 
 def _region(site: Site) -> Region:

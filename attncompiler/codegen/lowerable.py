@@ -1,9 +1,11 @@
-"""What the lowerings can take: of all that the language says, one attention. The rest is refused here."""
+"""What the lowerings can take: of all that the language says, one attention, or one state that recurrence.py can read. The rest is
+refused here."""
 
 from __future__ import annotations
 
 import functools
 
+from attncompiler.codegen.recurrence import Recurrence, recurrence_of
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import Kind
 from attncompiler.ir.phase_text import parse_program
@@ -17,6 +19,21 @@ from attncompiler.ir.tables import Tables
 def parse_lowerable(text: str) -> Attention:
     """The attention that a program's text says. Raises: ParseError; UnsupportedProgram as `single_attention` does."""
     return single_attention(parse_program(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_recurrence(text: str) -> Recurrence:
+    """The recurrence that a program's text says. Raises: ParseError; UnsupportedProgram for another program, or for a state with a
+    clause that has no kernel."""
+    program = parse_program(text)
+    if len(program.phases) == 1 and isinstance(program.phases[0].work, State):
+        return recurrence_of(program.phases[0].work)
+    raise UnsupportedProgram(
+        "a program that is not one state was given to the op of linear attention",
+        where=program.origin.line,
+        why="a lowering computes one phase at a time",
+        do="call attncompiler::attention for an attention, and one phase after the other for a program of several",
+    )
 
 
 def lowerable(program: Attention) -> Attention:

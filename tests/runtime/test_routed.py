@@ -158,7 +158,7 @@ def test_the_kernels_that_move_rows(nan_if_empty: bool) -> None:
     for heads_first in (True, False):
         put = rows.put_vectors(taken, lse_rows, gain, nan_if_empty, heads_first)
         padded = torch.nn.functional.pad(taken, (0, 0, 0, 150 - longest)), torch.nn.functional.pad(lse_rows, (0, 150 - longest))
-        ours = row_kernels.put_rows(padded[0], rows.place, gain, padded[1], nan_if_empty, heads_first)
+        ours = row_kernels.put_rows(padded[0], listed[2], gain, padded[1], nan_if_empty, heads_first)
         torch.testing.assert_close(ours, put, equal_nan=True)
         assert ours[0].stride() == put[0].stride()
 
