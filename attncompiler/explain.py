@@ -20,11 +20,13 @@ from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
+from attncompiler.passes.state_site import StateSite
 from attncompiler.passes.sizes import Extent
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
+from attncompiler.state_region import state_region
 from attncompiler.tuning.schedule import Schedule
 from attncompiler.tuning.strides import strides_text
 from attncompiler.tuning.target import TARGETS, Target
@@ -34,13 +36,21 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What `torch.compile(f, backend="attncompiler")` does with these inputs. Never needs a GPU; `f` runs once, on its own device.
 
     `f` may be a function, a module, or either of them compiled already. Raises: what `f` itself raises."""
-    sites, explanation = trace(f, *args, **kwargs)
-    return replace(explanation, regions=tuple(_region(site) for site in sites))
+    sites, states, explanation = _traced(f, args, kwargs)
+    return replace(explanation, regions=(*map(_region, sites), *map(state_region, states)))
 
 
 def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site], Explanation]:
-    """The sites of `f`, and everything of its explanation but the regions."""
+    """The softmax attentions of `f`, and everything of its explanation but the regions."""
+    sites, _, explanation = _traced(f, args, kwargs)
+    return sites, explanation
+
+
+def _traced(
+    f: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Site], list[StateSite], Explanation]:
     sites: list[Site] = []
+    states: list[StateSite] = []
     missed: list[Missed] = []
     graphs = 0
 
@@ -49,6 +59,7 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
         graphs += 1
         compiled = compile_or_leave(module, inputs)
         sites.extend(compiled.sites)
+        states.extend(compiled.states)
         missed.extend(compiled.missed)
         return module.forward
 
@@ -58,7 +69,7 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
         torch.compile(original, backend=record)(*args, **kwargs)
     after = torch._dynamo.utils.counters["graph_break"]
     new_breaks = tuple(reason for reason, count in after.items() if count > breaks.get(reason, 0))
-    return sites, Explanation((), tuple(missed), graphs, new_breaks)
+    return sites, states, Explanation((), tuple(missed), graphs, new_breaks)
 
 
 def _region(site: Site) -> Region:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,16 +16,18 @@ from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import inherit_line, memory_root, writes
 from attncompiler.passes.nodes import PERMUTES, Operand
 from attncompiler.passes.site import Site
+from attncompiler.passes.state_site import StateSite
 
 aten = torch.ops.aten
+AnySite = Site | StateSite
 
 
-def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
+def rewrite(module: GraphModule, sites: Sequence[AnySite]) -> list[tuple[AnySite, str]]:
     """Needs: sites of this graph. Ensures: each taken site's product is the op, and what only it used is gone.
 
     Returns: the sites that were left, with the reason: their weights or scores are read by other code too, or an operand changes in
     place in between."""
-    left = [(site, reason) for site in sites if (reason := _changed_in_place(module.graph, site))]
+    left: list[tuple[AnySite, str]] = [(site, reason) for site in sites if (reason := _changed_in_place(module.graph, site))]
     dropped = {id(site) for site, _ in left}
     wanted = [site for site in sites if id(site) not in dropped]
     while True:  # leaving one site can keep the weights of another alive
@@ -33,10 +35,12 @@ def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
         kept = [site for site in wanted if not (site.softmax_nodes & alive)]
         if len(kept) == len(wanted):
             break
-        left += [(site, _WEIGHTS_READ) for site in wanted if site.softmax_nodes & alive]
+        left += [
+            (site, _WEIGHTS_READ if isinstance(site, Site) else _SCORES_READ) for site in wanted if site.softmax_nodes & alive
+        ]
         wanted = kept
     replaced: dict[Node, Node] = {}
-    for site in wanted:
+    for site in sorted(wanted, key=lambda site: site.output):
         replaced[site.output] = _replace(module.graph, site, replaced)
     _drop_dead_code(module.graph)
     module.graph.lint()
@@ -45,9 +49,10 @@ def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
 
 
 _WEIGHTS_READ = "the attention weights are read by other code, so they are materialised anyway"
+_SCORES_READ = "the scores of a linear attention are read by other code, so they are materialised anyway"
 
 
-def _changed_in_place(graph: Graph, site: Site) -> str:
+def _changed_in_place(graph: Graph, site: AnySite) -> str:
     """A reason, if an operand's memory is written between where it is first read and the op; "" if not."""
     roots = {memory_root(operand.node) for operand in site.operands}
     first = min((user for operand in site.operands for user in operand.node.users), default=site.output)
@@ -59,7 +64,7 @@ def _changed_in_place(graph: Graph, site: Site) -> str:
     return ""
 
 
-def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[Node]:
+def _alive_without(graph: Graph, outputs: set[Node], sites: Sequence[AnySite]) -> set[Node]:
     """Nodes still needed once the products in `outputs` take their operands directly."""
     operands = {site.output: [operand.node for operand in site.operands if not operand.is_seed] for site in sites}
     alive: set[Node] = set()
@@ -87,7 +92,7 @@ def _drop_dead_code(graph: Graph) -> None:
 # ------------------------------------------------------------------------------------------------- building the op
 
 
-def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
+def _replace(graph: Graph, site: AnySite, replaced: Mapping[Node, Node]) -> Node:
     """What stands for the site's product. `replaced`: what stands for those before it, whose results it may read."""
     node = site.output
     with graph.inserting_before(node):
@@ -96,14 +101,17 @@ def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
         # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
         turned = all(base_name(user.target) in PERMUTES for user in node.users)
         heads_first = not turned and site.permutation == tuple(range(len(site.permutation)))
-        arguments = (operands, sizes, to_line(site.program), heads_first)
-        result = graph.call_function(torch.ops.attncompiler.attention.default, arguments)
+        if isinstance(site, StateSite):
+            result = graph.call_function(torch.ops.attncompiler.state.default, (operands, sizes, site.line))
+        else:
+            arguments = (operands, sizes, to_line(site.program), heads_first)
+            result = graph.call_function(torch.ops.attncompiler.attention.default, arguments)
         o = graph.call_function(operator.getitem, (result, 0))
         split = [_extent(graph, node, extent) for extent in site.split]
         o = graph.call_function(aten.reshape.default, (o, split))
         if site.permutation != tuple(range(len(site.permutation))):
             o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
-        if site.lse is not None:
+        if isinstance(site, Site) and site.lse is not None:
             site.lse.replace_all_uses_with(_lse(graph, site, site.lse, result))
         if not turned:
             o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
