@@ -20,8 +20,8 @@ from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
-from attncompiler.passes.state_site import StateSite
 from attncompiler.passes.sizes import Extent
+from attncompiler.passes.state_site import StateSite
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview

@@ -71,7 +71,8 @@ def decay_matrix(tensor: Tensor, view: View) -> DecayMatrix | None:
         )
     if bool((rates < 0).any()):
         raise Unrecognised(
-            "the factor between scores and values grows with the distance", why=f"its logarithm grows by {-float(rates.min()):.4g} a step"
+            "the factor between scores and values grows with the distance",
+            why=f"its logarithm grows by {-float(rates.min()):.4g} a step",
         )
     return DecayMatrix(view, holds, rates)
 

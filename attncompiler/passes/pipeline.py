@@ -18,10 +18,10 @@ from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.normalise import capture, source_line
 from attncompiler.passes.recognise import BARRIERS, NORMALISERS, recognise, trained_nodes
-from attncompiler.passes.recognise_state import Lowerable, recognise_states
+from attncompiler.passes.recognise_state import recognise_states
 from attncompiler.passes.rewrite import rewrite
 from attncompiler.passes.site import Recovered, Refusal, Site
-from attncompiler.passes.state_site import RecoveredDecay, StateSite
+from attncompiler.passes.state_site import Lowerable, RecoveredDecay, StateSite
 
 log = logging.getLogger(__name__)
 

@@ -35,9 +35,7 @@ def rewrite(module: GraphModule, sites: Sequence[AnySite]) -> list[tuple[AnySite
         kept = [site for site in wanted if not (site.softmax_nodes & alive)]
         if len(kept) == len(wanted):
             break
-        left += [
-            (site, _WEIGHTS_READ if isinstance(site, Site) else _SCORES_READ) for site in wanted if site.softmax_nodes & alive
-        ]
+        left += [(site, _WEIGHTS_READ if isinstance(site, Site) else _SCORES_READ) for site in wanted if site.softmax_nodes & alive]
         wanted = kept
     replaced: dict[Node, Node] = {}
     for site in sorted(wanted, key=lambda site: site.output):

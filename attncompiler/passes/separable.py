@@ -210,7 +210,9 @@ class _Algebra:
             slope = sympy.diff(row, function)
             if slope.has(_J):
                 raise Unrecognised(
-                    "a decay that is no sum over steps", why=f"its logarithm is {self.text(row)}", do="use a running sum of logarithms"
+                    "a decay that is no sum over steps",
+                    why=f"its logarithm is {self.text(row)}",
+                    do="use a running sum of logarithms",
                 )
             read = self.atoms[function]
             summand = self.facts.summand(read) if isinstance(read, Read) else None
