@@ -30,6 +30,7 @@ STATES = {
         ", g: f32[2, 4, {n}], s0: f32[2, 4, {c}, {d}], z0: f32[2, 4, {c}]",
     ),
     "all keys": ("", "", "after {n} - 1", "row[b, h, q_idx] + 1e-06", ""),
+    "all keys, started": ("", "s0[b, h, c, d]", "after {n} - 1", "", ", s0: f32[2, 4, {c}, {d}]"),
     "all keys, decayed": (
         "exp(g[b, h, kv_idx])", "s0[b, h, c, d]", "after {n} - 1", "", ", g: f32[2, 4, {n}], s0: f32[2, 4, {c}, {d}]",
     ),

@@ -59,7 +59,7 @@ class Bound:
         self.dtype = torch.float64 if recurrence.program.statistics is Dtype.F64 else torch.float32
         self.device = operands[recurrence.value.tensor].device
 
-    def _view(self, read: Read, axes: tuple[Axis, ...]) -> StridedView:
+    def view(self, read: Read, axes: tuple[Axis, ...]) -> StridedView:
         view = strided_view(read, self.operands[read.tensor], axes, self.extents, self.sizes)
         if view is None:
             raise UnsupportedProgram(
@@ -72,7 +72,7 @@ class Bound:
         return view
 
     def vectors(self, read: Read, axes: tuple[Axis, ...]) -> Grouped:
-        view = self._view(read, axes)
+        view = self.view(read, axes)
         return Grouped(view.of(self.operands[read.tensor]), view.group)
 
     @functools.cached_property

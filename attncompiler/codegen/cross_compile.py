@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -107,8 +107,6 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
 
 
 def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: Emission, target: Target) -> CompiledKernel:
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -132,7 +130,15 @@ def _compile(module: ModuleType, name: str, schedule: KernelSchedule, emission: 
     else:
         source = ASTSource(function, signature, constexprs, attrs=divisible)
         options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages if target.backend == "cuda" else 1}
-    compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+    return compiled_kernel(name, source, options, target)
+
+
+def compiled_kernel(name: str, source: Any, options: Mapping[str, Any], target: Target) -> CompiledKernel:
+    """A kernel, as Triton's ASTSource, for a target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=dict(options))
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spills = _resources(binary, assembly, target)

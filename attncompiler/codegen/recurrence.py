@@ -49,12 +49,13 @@ class Decays(enum.Enum):
     BY_TOKEN = "per token"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recurrence:
     """S[j] = exp(log_decay[j]) S[j - 1] + key[j] value[j]^T;  O[i] = scale * query[i]^T S[.] / weigh.
 
     `start` and `start_row` are tuples of at most one read: none is a start from zero. `weigh` reads ROW where the state is
-    normalised; `log_decay` is over b, h and (BY_TOKEN) kv_idx."""
+    normalised; `log_decay` is over b, h and (BY_TOKEN) kv_idx. Compared by identity, since it is a key of caches: `parse_recurrence` gives one
+    for a text."""
 
     program: State
     query: Read

@@ -42,6 +42,11 @@ def is_affine(read: Read) -> bool:
     return len(groups) <= 1 and all(_is_affine(entry) for entry in read.index)
 
 
+def group_of(read: Read) -> int:
+    """How many heads share an entry: G of `h // G`; 1 where heads have their own, or all share one."""
+    return max((_group_of(atom) for entry in read.index for atom in _atoms(entry)), default=1) or 1
+
+
 def _atoms(entry: Expr) -> tuple[Expr, ...]:
     """The parts of a sum, factors taken off; what is no sum or product with a number is one part."""
     if isinstance(entry, Apply) and entry.op in ("add", "sub"):
@@ -88,7 +93,7 @@ def strided_view(
     read: Read, tensor: Tensor, axes: tuple[Axis, ...], extents: Mapping[str, int], sizes: Mapping[str, int]
 ) -> StridedView | None:
     """The read over `axes`; None where it would reach outside its operand: there the language reads the nearest element."""
-    group = max((_group_of(atom) for entry in read.index for atom in _atoms(entry)), default=1) or 1
+    group = group_of(read)
     shape = tuple(-(-extents[axis.name] // group) if axis == H else extents[axis.name] for axis in axes)
     last = {axis: extent - 1 for axis, extent in zip(axes, shape, strict=True)}
     strides, offset = dict.fromkeys(axes, 0), 0

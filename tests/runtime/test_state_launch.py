@@ -1,0 +1,87 @@
+"""The kernels of states against float64: in Triton's interpreter in CI, on the device with `-m gpu`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler.codegen.recurrence import Recurrence, recurrence_of
+from attncompiler.runtime import state_launch
+from attncompiler.runtime.state_lowering import unsupported
+from attncompiler.tuning.state_schedule import ChunkSchedule, StateSchedule
+from tests.states import STATES, judge, operands, recurrence, state
+
+WITH_KERNELS = [name for name in STATES if not unsupported(recurrence(name, 5, 16, 16))]
+SIZES = [(1, 16, 16), (33, 8, 40), (70, 32, 16)]  # steps, features, channels
+SMALL = StateSchedule(ChunkSchedule(16, 16, 4, 1), ChunkSchedule(16, 16, 4, 1), "ieee")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", WITH_KERNELS)
+@pytest.mark.parametrize(("sizes", "cut"), [(SIZES[0], False), (SIZES[1], True), (SIZES[2], False), (SIZES[2], True)], ids=str)
+def test_forward_and_gradients(name: str, sizes: tuple[int, int, int], cut: bool) -> None:
+    with (
+        mock.patch.object(state_launch, "choose_state_schedule", lambda *_: SMALL),
+        mock.patch.object(state_launch, "segment_length", lambda *_: 32 if cut else 1 << 20),
+        mock.patch.object(state_launch, "_CALLS", {}),
+    ):
+        judge(state_launch, state(name, *sizes))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", ["f32", "f16"])  # the interpreter multiplies bfloat16 as the integers that it keeps them in
+def test_strided_operands(dtype: str) -> None:
+    judge(state_launch, state("started", 33, 24, 16, dtype), strided=True)
+
+
+def test_kernels_are_for_what_they_can_do() -> None:
+    assert len(WITH_KERNELS) == 8
+    assert "normaliser" in unsupported(recurrence("normalised", 5, 16, 16))
+    assert "512 by 16" in unsupported(recurrence("plain", 5, 512, 16))
+    assert "float32, bfloat16 or float16" in unsupported(recurrence("plain", 5, 16, 16, "f64"))
+
+
+class _OnDevice(ModuleType):
+    """The kernels, with operands that are moved to the device and results that come back."""
+
+    @staticmethod
+    def forward(parts: Recurrence, operands: dict[str, Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
+        moved = {name: _moved(tensor) for name, tensor in operands.items()}
+        return tuple(result.cpu() for result in state_launch.forward(parts, moved, sizes))
+
+    @staticmethod
+    def backward(parts: Recurrence, operands: dict[str, Tensor], sizes: dict[str, int], *rest: object) -> dict[str, Tensor]:
+        moved = {name: _moved(tensor) for name, tensor in operands.items()}
+        rest = tuple(_moved(x) if isinstance(x, Tensor) else x for x in rest)
+        return {name: x.cpu() for name, x in state_launch.backward(parts, moved, sizes, *rest).items()}  # type: ignore[arg-type]
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    """On the device with the same strides."""
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+    return moved.copy_(tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("name", WITH_KERNELS)
+@pytest.mark.parametrize("sizes", [(1, 16, 16), (129, 64, 64), (1000, 128, 128), (700, 40, 200), (1500, 64, 128)], ids=str)
+def test_on_device(name: str, sizes: tuple[int, int, int], dtype: str) -> None:
+    judge(_OnDevice("on_device"), state(name, *sizes, dtype), strided=sizes[0] == 129)
+
+
+@pytest.mark.gpu
+def test_results_are_the_same_at_every_run() -> None:
+    torch.manual_seed(0)
+    program = state("a decay a token", 4096, 128, 128, "bf16")
+    parts, made = recurrence_of(program), {name: tensor.cuda() for name, tensor in operands(program).items()}
+    runs = []
+    for _ in range(3):
+        o, final, _, rows = state_launch.forward(parts, made, {})
+        gradients = state_launch.backward(parts, made, {}, o, rows, torch.ones_like(o), final, None, frozenset(made))
+        runs.append([o, final, *gradients.values()])
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
