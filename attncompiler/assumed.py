@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attncompiler.passes.constant_masks import Recovery
 from attncompiler.passes.constants import Recipe, is_plain
-from attncompiler.passes.site import Recovered
 
 _MOST_LOOKS = 64  # at whole masks, in the life of a graph: one that changes with every call is better read
 
 
-def checked(lifted: Callable[..., Any], rules: Sequence[Recovered], read: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+class Explains(Protocol):
+    """What stands for a tensor."""
+
+    def still_holds(self, tensor: Tensor) -> bool:
+        """Whether it would, were the tensor this."""
+
+
+class Rule(Protocol):
+    """A constant that something stands for in a compiled graph, and how it is made."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def recovery(self) -> Explains: ...
+
+
+def checked(lifted: Callable[..., Any], rules: Sequence[Rule], read: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """`lifted` while the rules explain the inputs that they stand for, else what `read` makes, once it is needed.
 
     A call costs a look at the identity and the number of writes of each such input. Only one that is new or was written is looked
@@ -51,7 +66,7 @@ class _Assumption:
     """That a rule explains what is made of an input of the graph."""
 
     recipe: Recipe
-    recovery: Recovery
+    recovery: Explains
     seen: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # of _Seen
     looks: int = 0
 

@@ -13,11 +13,12 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 from attncompiler.assumed import checked
+from attncompiler.codegen.recurrence import why_not_lowered
 from attncompiler.config import Inner, parse_options
 from attncompiler.explanation import Missed
 from attncompiler.passes.nothing_kept import warning_of_nothing
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
-from attncompiler.runtime import ops, selection  # noqa: F401  register the ops that compiled graphs call
+from attncompiler.runtime import ops, selection, state_op  # noqa: F401  register the ops that compiled graphs call
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def attncompiler(
 def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     """The compiled graph; the given one, with a reason, where compiling fails: a mistake of ours must not stop the user."""
     try:
-        return compile_graph(module, inputs)
+        return compile_graph(module, inputs, why_not_lowered)
     except Exception as error:
         log.warning("a graph is left to the inner compiler: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(10))
         return CompiledGraph(module, (), (Missed(f"the graph could not be analysed: {type(error).__name__}: {error}", ""),))

@@ -23,10 +23,12 @@ from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
 from attncompiler.passes.sizes import Extent
+from attncompiler.passes.state_site import StateSite
 from attncompiler.runtime.lowering import in_kernels, unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
+from attncompiler.state_region import state_region
 from attncompiler.tuning.schedule import Schedule
 from attncompiler.tuning.strides import strides_text
 from attncompiler.tuning.target import TARGETS, Target
@@ -36,13 +38,21 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What `torch.compile(f, backend="attncompiler")` does with these inputs. Never needs a GPU; `f` runs once, on its own device.
 
     `f` may be a function, a module, or either of them compiled already. Raises: what `f` itself raises."""
-    sites, explanation = trace(f, *args, **kwargs)
-    return replace(explanation, regions=(*map(_region, sites), *explanation.regions))
+    sites, states, explanation = _traced(f, args, kwargs)
+    return replace(explanation, regions=(*map(_region, sites), *map(state_region, states), *explanation.regions))
 
 
 def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site], Explanation]:
-    """The sites of `f`, and its explanation, in which they have no regions yet."""
+    """The softmax attentions of `f`, and its explanation, in which they have no regions yet."""
+    sites, _, explanation = _traced(f, args, kwargs)
+    return sites, explanation
+
+
+def _traced(
+    f: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Site], list[StateSite], Explanation]:
     sites: list[Site] = []
+    states: list[StateSite] = []
     declared: list[Region] = []
     missed: list[Missed] = []
     graphs = 0
@@ -52,6 +62,7 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
         graphs += 1
         compiled = compile_or_leave(module, inputs)
         sites.extend(compiled.sites)
+        states.extend(compiled.states)
         missed.extend(compiled.missed)
         declared.extend(declared_states(module))
         return module.forward
@@ -62,7 +73,7 @@ def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site],
         torch.compile(original, backend=record)(*args, **kwargs)
     after = torch._dynamo.utils.counters["graph_break"]
     new_breaks = tuple(reason for reason, count in after.items() if count > breaks.get(reason, 0))
-    return sites, Explanation(tuple(declared), tuple(missed), graphs, new_breaks)
+    return sites, states, Explanation(tuple(declared), tuple(missed), graphs, new_breaks)
 
 
 def _region(site: Site) -> Region:

@@ -97,6 +97,15 @@ def recurrence_of(program: State) -> Recurrence:
         ) from None
 
 
+def why_not_lowered(program: State) -> str:
+    """Why no lowering computes a state; "" where one does."""
+    try:
+        recurrence_of(program)
+    except UnsupportedProgram as error:
+        return error.what
+    return ""
+
+
 class _NotThere(Exception):
     def __init__(self, what: str, do: str) -> None:
         self.what, self.do = what, do

@@ -80,8 +80,9 @@ def attention(
 
     q [B, H, M, D], k [B, Hk, N, D], v [B, Hk, N, Dv], of one floating dtype and on one device. `keep`: a mask of
     `attncompiler.masks`, or a function (b, h, q_idx, kv_idx) -> bool. `score`: (score, b, h, q_idx, kv_idx) -> score, of the scaled
-    product. `select`: keys chosen from the data (`attncompiler.select`), of which those that `keep` keeps. `scale`: default D ** -0.5. With `enable_gqa` Hk may divide H. A query that keeps no key gives zero. Returns O
-    [B, H, M, Dv], and with `return_lse` the natural log of each row's sum, float32 [B, H, M].
+    product. `select`: keys chosen from the data (`attncompiler.select`), of which those that `keep` keeps. `scale`: default
+    D ** -0.5. With `enable_gqa` Hk may divide H. A query that keeps no key gives zero. Returns O [B, H, M, Dv], and with
+    `return_lse` the natural log of each row's sum, float32 [B, H, M].
 
     Raises: OptionError for shapes or options that do not fit, DeviceError for tensors on different devices, InvalidProgram for a
     `keep` or `score` that is no function of positions."""

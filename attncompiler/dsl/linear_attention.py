@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.errors import DeviceError, OptionError
-from attncompiler.passes.site import DTYPES
+from attncompiler.passes.nodes import DTYPES
 from attncompiler.runtime import state_op as _op  # noqa: F401  registers the op
 
 

@@ -52,7 +52,8 @@ class TopKeys:
         n = kept.shape[-1]
         padded = torch.nn.functional.pad(kept.to(torch.int32), (0, -n % self.block)).unflatten(-1, (-1, self.block))
         length = (n - torch.arange(0, n, self.block, device=kept.device)).clamp(max=self.block)
-        return padded.sum(-1) * 2 > length
+        majority: Tensor = padded.sum(-1) * 2 > length
+        return majority
 
     def listed(self, program: Attention, heads: int, queries: int, captured: Captured) -> Attention:
         """The program over the keys that are chosen, with the lists among the tensors that it reads."""

@@ -57,7 +57,12 @@ def lift_route(graph: Graph, site: Site) -> Site:
         reads.append(Read(name, index))
     routed = verify(replace(program, tensors=tuple(decls), route=Route(active=reads[1], gain=reads[0])))
     return replace(
-        site, output=gated.node, program=routed, operands=tuple(operands), permutation=gated.order, sizes=size_values(graph, routed)
+        site,
+        output=gated.node,
+        program=routed,
+        operands=tuple(operands),
+        permutation=gated.order,
+        sizes=size_values(graph, routed.sizes),
     )
 
 

@@ -19,8 +19,10 @@ from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.lift_route import lift_route
 from attncompiler.passes.normalise import capture, source_line
 from attncompiler.passes.recognise import BARRIERS, NORMALISERS, recognise, trained_nodes
+from attncompiler.passes.recognise_state import recognise_states
 from attncompiler.passes.rewrite import rewrite
 from attncompiler.passes.site import Recovered, Refusal, Site
+from attncompiler.passes.state_site import Lowerable, RecoveredDecay, StateSite
 
 log = logging.getLogger(__name__)
 
@@ -32,39 +34,56 @@ class CompiledGraph:
     module: GraphModule
     sites: tuple[Site, ...]
     missed: tuple[Missed, ...]
+    states: tuple[StateSite, ...] = ()
 
     @property
-    def assumed(self) -> tuple[Recovered, ...]:
+    def assumed(self) -> tuple[Recovered | RecoveredDecay, ...]:
         """The rules that hold while an input of the graph holds what it holds now."""
-        return tuple(r for site in self.sites for r in site.recovered if r.recipe.source is not None)
+        recovered = [r for site in self.sites for r in site.recovered]
+        decays = [r for state in self.states for r in state.recovered]
+        return tuple(r for r in (*recovered, *decays) if r.recipe.source is not None)
 
 
-def compile_graph(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
-    """Needs: Dynamo's graph and its inputs. Ensures: an equal graph whose recognised attentions are single ops."""
+def compile_graph(module: GraphModule, inputs: Sequence[Any], lowerable: Lowerable = lambda state: "") -> CompiledGraph:
+    """Needs: Dynamo's graph and its inputs; `lowerable`: why no lowering computes a state. Ensures: an equal graph whose recognised
+    attentions, softmax and linear, are single ops."""
     captured = capture(module, inputs)
     log.debug("after normalise:\n%s", captured.code)
     masks = ConstantMasks(Constants(captured, module, inputs))
-    sites, refusals = recognise(captured, trained_nodes(captured, tuple(inputs)), masks)
+    trained = trained_nodes(captured, tuple(inputs))
+    sites, refusals = recognise(captured, trained, masks)
     sites = [lift_route(captured.graph, site) for site in sites]
+    states, linear = recognise_states(captured, trained, masks, frozenset(site.output for site in sites), lowerable)
+    refusals = _without_linear(refusals, states, linear)
     covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
     missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)
-    left = rewrite(captured, sites)
+    left = rewrite(captured, [*sites, *states])
     missed += [Missed(reason, site.program.origin.line, _ADVICE.get(reason, "")) for site, reason in left]
     untaken = {id(site) for site, _ in left}
     taken = tuple(site for site in sites if id(site) not in untaken)
-    if not taken:
+    taken_states = tuple(site for site in states if id(site) not in untaken)
+    if not taken and not taken_states:
         captured = module  # nothing to gain from our own trace
-    for site in taken:
-        log.debug("taken:\n%s", to_text(site.program))
+    for text in (*(to_text(site.program) for site in taken), *(site.text for site in taken_states)):
+        log.debug("taken:\n%s", text)
     for miss in missed:
         log.debug("left to the inner compiler: %s: %s", miss.source_location, miss.reason)
-    return CompiledGraph(captured, taken, tuple(missed))
+    return CompiledGraph(captured, taken, tuple(missed), taken_states)
+
+
+def _without_linear(softmax: list[Refusal], states: Sequence[StateSite], linear: Sequence[Refusal]) -> list[Refusal]:
+    """All refusals; of a product without a softmax, whose exponentials are decays, what is said of it as linear attention."""
+    spoken = {node for site in states for node in site.products | site.softmax_nodes} | {refusal.output for refusal in linear}
+    return [r for r in softmax if r.output not in spoken] + list(linear)
 
 
 _ADVICE = {
     "the attention weights are read by other code, so they are materialised anyway": (
         "do not return the weights where they are not needed"
-    )
+    ),
+    "the scores of a linear attention are read by other code, so they are materialised anyway": (
+        "do not return the scores where they are not needed"
+    ),
 }
 
 

@@ -110,7 +110,7 @@ def normalisers_behind(node: Node) -> set[Node]:
 
 
 @dataclass(frozen=True)
-class _Letters:
+class Letters:
     """The role of every letter of a product: weights [batch, q, kv] times values [batch, kv, channel]."""
 
     batch: str
@@ -132,7 +132,7 @@ def _product(module: GraphModule, node: Node, product: Contraction, trained: fro
     raise first
 
 
-def _roles(product: Contraction, weights_letters: str, value_letters: str) -> _Letters:
+def roles_of(product: Contraction, weights_letters: str, value_letters: str) -> Letters:
     if len(product.summed) != 1:
         raise Unrecognised("the product sums over more than one axis", do="reshape the summed axes into one")
     key = product.summed
@@ -141,7 +141,7 @@ def _roles(product: Contraction, weights_letters: str, value_letters: str) -> _L
     if key not in weights_letters or key not in value_letters or len(channels) != 1:
         raise Unrecognised("the values have no single channel axis", do="write the values as [..., keys, channels]")
     query = rows[-1] if rows else ""
-    return _Letters("".join(c for c in product.out_letters if c not in (query, channels[0])), query, key, channels[0])
+    return Letters("".join(c for c in product.out_letters if c not in (query, channels[0])), query, key, channels[0])
 
 
 def _oriented(
@@ -157,7 +157,7 @@ def _oriented(
     value_node: Node = getattr(product, value_side)
     weights_letters: str = getattr(product, f"{weights_side}_letters")
     value_letters: str = getattr(product, f"{value_side}_letters")
-    roles = _roles(product, weights_letters, value_letters)
+    roles = roles_of(product, weights_letters, value_letters)
     space = IndexSpace()
     reader = Reader(module, space, trained, masks)
     extent = {c: Reader.extent_of(product, c) for c in dict.fromkeys(product.left_letters + product.right_letters)}
@@ -177,7 +177,7 @@ def _oriented(
     if not any(all(pair_axes(dot)) or _single(space) for dot in dots_of(parts.score)):
         raise Unrecognised(
             "the scores are not a product of queries and keys that can be followed",
-            why=f"between the product and the softmax stands {_obstacle(reader, parts.score)}",
+            why=f"between the product and the softmax stands {obstacle(reader, parts.score)}",
         )
     draft = Attention(
         axes=Axes(ONE, ONE, size_expr(space.extents[Q_IDX]), size_expr(extent[roles.key])),
@@ -232,7 +232,7 @@ def _single(space: IndexSpace) -> bool:
     return same(space.extents[Q_IDX], 1) or same(space.extents[KV], 1)
 
 
-def _obstacle(reader: Reader, score: Expr) -> str:
+def obstacle(reader: Reader, score: Expr) -> str:
     """The operator that hides the product from the softmax, in the user's words."""
     for read in reads_of(score):
         node = reader.leaves[read.tensor].node

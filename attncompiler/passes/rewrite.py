@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -18,17 +18,19 @@ from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import inherit_line, memory_root, writes
 from attncompiler.passes.nodes import PERMUTES, Operand
 from attncompiler.passes.site import Site
+from attncompiler.passes.state_site import StateSite
 from attncompiler.passes.unkept_rows import UNKEPT
 
 aten = torch.ops.aten
+AnySite = Site | StateSite
 
 
-def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
+def rewrite(module: GraphModule, sites: Sequence[AnySite]) -> list[tuple[AnySite, str]]:
     """Needs: sites of this graph. Ensures: each taken site's product is the op, and what only it used is gone.
 
     Returns: the sites that were left, with the reason: their weights or scores are read by other code too, or an operand changes in
     place in between."""
-    left = [(site, reason) for site in sites if (reason := _changed_in_place(module.graph, site))]
+    left: list[tuple[AnySite, str]] = [(site, reason) for site in sites if (reason := _changed_in_place(module.graph, site))]
     dropped = {id(site) for site, _ in left}
     wanted = [site for site in sites if id(site) not in dropped]
     while True:  # leaving one site can keep the weights of another alive
@@ -36,10 +38,10 @@ def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
         kept = [site for site in wanted if not (site.softmax_nodes & alive)]
         if len(kept) == len(wanted):
             break
-        left += [(site, _WEIGHTS_READ) for site in wanted if site.softmax_nodes & alive]
+        left += [(site, _WEIGHTS_READ if isinstance(site, Site) else _SCORES_READ) for site in wanted if site.softmax_nodes & alive]
         wanted = kept
     replaced: dict[Node, Node] = {}
-    for site in wanted:
+    for site in sorted(wanted, key=lambda site: site.output):
         replaced[site.output] = _replace(module.graph, site, replaced)
     _drop_dead_code(module.graph)
     module.graph.lint()
@@ -48,9 +50,10 @@ def rewrite(module: GraphModule, sites: list[Site]) -> list[tuple[Site, str]]:
 
 
 _WEIGHTS_READ = "the attention weights are read by other code, so they are materialised anyway"
+_SCORES_READ = "the scores of a linear attention are read by other code, so they are materialised anyway"
 
 
-def _changed_in_place(graph: Graph, site: Site) -> str:
+def _changed_in_place(graph: Graph, site: AnySite) -> str:
     """A reason, if an operand's memory is written between where it is first read and the op; "" if not."""
     read = [node for operand in site.operands for node in (operand.nodes or (operand.node,))]
     roots = {memory_root(node) for node in read}
@@ -63,7 +66,7 @@ def _changed_in_place(graph: Graph, site: Site) -> str:
     return ""
 
 
-def _alive_without(graph: Graph, outputs: set[Node], sites: list[Site]) -> set[Node]:
+def _alive_without(graph: Graph, outputs: set[Node], sites: Sequence[AnySite]) -> set[Node]:
     """Nodes still needed once the products in `outputs` take their operands directly."""
     operands = {site.output: [node for operand in site.operands for node in operand.nodes] for site in sites}
     alive: set[Node] = set()
@@ -91,7 +94,7 @@ def _drop_dead_code(graph: Graph) -> None:
 # ------------------------------------------------------------------------------------------------- building the op
 
 
-def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
+def _replace(graph: Graph, site: AnySite, replaced: Mapping[Node, Node]) -> Node:
     """What stands for the site's product. `replaced`: what stands for those before it, whose results it may read."""
     node = site.output
     with graph.inserting_before(node):
@@ -100,18 +103,18 @@ def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
         # where the next operator wants queries first, as a projection does, O lies so; else as the product that it stands for
         turned = all(base_name(user.target) in PERMUTES for user in node.users)
         heads_first = not turned and site.permutation == tuple(range(len(site.permutation)))
-        o, lse = _attention(graph, node, site.program, operands, heads_first)
-        for rows in site.unkept:
-            unkept = graph.call_function(aten.eq.Scalar, (lse, -math.inf))
-            given = {name: _operand(graph, operand, replaced, calls) for name, operand in rows.operands.items()} | {UNKEPT: unkept}
-            rest, rest_lse = _attention(graph, node, rows.program, [given[d.name] for d in rows.program.tensors], heads_first)
-            o = graph.call_function(aten.where.self, (graph.call_function(aten.unsqueeze.default, (unkept, -1)), rest, o))
-            lse = graph.call_function(aten.where.self, (unkept, rest_lse, lse))
+        if isinstance(site, StateSite):
+            sizes = [_symbolic(graph, node, name) for name in site.program.sizes]
+            result = graph.call_function(torch.ops.attncompiler.state.default, (operands, sizes, site.line))
+            inherit_line(result, node)
+            o = lse = graph.call_function(operator.getitem, (result, 0))
+        else:
+            o, lse = _softmax(graph, site, operands, heads_first, replaced, calls)
         split = [_extent(graph, node, extent) for extent in site.split]
         o = graph.call_function(aten.reshape.default, (o, split))
         if site.permutation != tuple(range(len(site.permutation))):
             o = graph.call_function(aten.permute.default, (o, list(site.permutation)))
-        if site.lse is not None:
+        if isinstance(site, Site) and site.lse is not None:
             site.lse.replace_all_uses_with(_lse(graph, site, site.lse, lse))
         if not turned:
             o = graph.call_function(aten.contiguous.default, (o,))  # as the product was: a view of it must stay a view
@@ -120,6 +123,22 @@ def _replace(graph: Graph, site: Site, replaced: Mapping[Node, Node]) -> Node:
     node.replace_all_uses_with(o)
     graph.erase_node(node)
     return o
+
+
+def _softmax(
+    graph: Graph, site: Site, operands: list[Node], heads_first: bool, replaced: Mapping[Node, Node],
+    calls: dict[tuple[str, tuple[object, ...]], Node],
+) -> tuple[Node, Node]:  # fmt: skip
+    """O and lse of a softmax attention; queries that keep no key are another one, of all keys."""
+    node = site.output
+    o, lse = _attention(graph, node, site.program, operands, heads_first)
+    for rows in site.unkept:
+        unkept = graph.call_function(aten.eq.Scalar, (lse, -math.inf))
+        given = {name: _operand(graph, operand, replaced, calls) for name, operand in rows.operands.items()} | {UNKEPT: unkept}
+        rest, rest_lse = _attention(graph, node, rows.program, [given[d.name] for d in rows.program.tensors], heads_first)
+        o = graph.call_function(aten.where.self, (graph.call_function(aten.unsqueeze.default, (unkept, -1)), rest, o))
+        lse = graph.call_function(aten.where.self, (unkept, rest_lse, lse))
+    return o, lse
 
 
 def _attention(graph: Graph, before: Node, program: Attention, operands: list[Node], heads_first: bool) -> tuple[Node, Node]:

@@ -77,8 +77,10 @@ def _compared(part: Expr, operands: Mapping[str, Operand], reader: Reader) -> tu
     if not isinstance(w, int) or least.index[topk.dim] != Const(w - 1):
         return None
     index = (*least.index[: topk.dim], KV_IDX, *least.index[topk.dim + 1 :])
-    own = {read: Read(operands[read.tensor].node.name, read.index) for read in reads_of(ranked) if operands[read.tensor].is_plain}
-    same_element = reader.element(topk.rank, index) == substitute(ranked, dict(own))
+    own: dict[Expr, Expr] = {
+        read: Read(operands[read.tensor].node.name, read.index) for read in reads_of(ranked) if operands[read.tensor].is_plain
+    }
+    same_element = reader.element(topk.rank, index) == substitute(ranked, own)
     return (topk, index) if same_element else None
 
 

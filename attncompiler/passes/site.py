@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -115,7 +115,7 @@ def name_batch_axes(program: Attention, batch: list[tuple[Expr, Extent]]) -> Att
     live = [(axis, extent) for axis, extent in batch if isinstance(axis, Axis)]
     if len(live) == 1:
         axis, extent = live[0]
-        divisor = _common_divisor(program, axis)
+        divisor = common_divisor(program.expressions, axis)
         if divisor is not None:
             program = _rewrite(program, {floordiv(axis, divisor): B, mod(axis, divisor): H})
             return replace(program, axes=replace(program.axes, b=floordiv(size_expr(extent), divisor), h=divisor))
@@ -146,8 +146,8 @@ def _group_size(program: Attention, axes: list[Axis]) -> int:
     return 1
 
 
-def _common_divisor(program: Attention, axis: Axis) -> Expr | None:
-    """c, if `axis` occurs only as axis // c and axis % c for one c."""
+def common_divisor(roots: Iterable[Expr], axis: Axis) -> Expr | None:
+    """c, if in all `roots` the `axis` occurs only as axis // c and axis % c for one c."""
     divisors: set[Expr] = set()
     plain = False
 
@@ -159,7 +159,7 @@ def _common_divisor(program: Attention, axis: Axis) -> Expr | None:
         plain = plain or expr == axis
         return None
 
-    for root in program.expressions:
+    for root in roots:
         transform(root, visit)
     return next(iter(divisors)) if len(divisors) == 1 and not plain else None
 
@@ -204,7 +204,7 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
     if selected is not None:
         program, before, unkept = verify(selected.program), (selected.phase,), selected.unkept
         known |= selected.lists
-    sizes = size_values(node.graph, program)
+    sizes = size_values(node.graph, program.sizes)
     given = tuple(known[decl.name] for decl in program.tensors)
     return Site(node, program, given, sizes, (), (), recovered=recovered, before=before, unkept=unkept)
 
@@ -263,7 +263,7 @@ def _operand_names(draft: Attention, reader: Reader) -> dict[str, str]:
                 give(read.tensor, "seed")
             elif read.tensor not in names:
                 node = reader.leaves[read.tensor].node
-                give(read.tensor, _users_name(node) or _role(dtype_of(node), axes_of(read)))
+                give(read.tensor, users_name(node) or _role(dtype_of(node), axes_of(read)))
     return names
 
 
@@ -272,7 +272,7 @@ _USERS_NAME = re.compile(r"l_(?:.*_(?:parameters|buffers)_|(?!.*(?:self|modules|
 _RESERVED = {"lse", "rcp", "delta", "reference", "order", "coverage", "dlse", "dot", "uniform", "axes", *OPERATORS}
 
 
-def _users_name(node: Node) -> str:
+def users_name(node: Node) -> str:
     """What the user called an input of the graph; "" where that is not known or means something else in a program or a kernel."""
     found = _USERS_NAME.fullmatch(node.meta.get("user_name", "").lower())
     name = found.group(1) if found else ""
@@ -296,9 +296,9 @@ def _rename(program: Attention, names: Mapping[str, str]) -> Attention:
     return each_clause(program, lambda expr: transform(expr, visit))
 
 
-def size_values(graph: Graph, program: Attention) -> dict[str, Extent]:
+def size_values(graph: Graph, names: Iterable[str]) -> dict[str, Extent]:
     """The graph's own symbols for the run-time integers of a program."""
-    wanted = set(program.sizes)
+    wanted = set(names)
     found: dict[str, Extent] = {}
     for extent in _extents(graph):
         if not isinstance(extent, int) and str(extent.node.expr) in wanted:

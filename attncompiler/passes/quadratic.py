@@ -1,0 +1,379 @@
+"""Scores of queries and keys times a factor, summed over values, with no softmax -> a state, or a reason.
+
+The element of the scores is read back to one dot product and what it is multiplied by (`reader.py`). Where that factor hides the keys
+after the query (`causal.py`) and is a product over steps (`separable.py`), the keys can go by one after another: a recurrence over N
+steps in place of N x N scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from attncompiler.errors import Unrecognised
+from attncompiler.ir.expr import (
+    KV_IDX,
+    ONE,
+    Q_IDX,
+    ZERO,
+    Apply,
+    Const,
+    Dot,
+    Expr,
+    Read,
+    apply,
+    axes_of,
+    dots_of,
+    mul,
+    reads_of,
+    sub,
+    substitute,
+    transform,
+    walk,
+)
+from attncompiler.ir.state import ROW, Moment
+from attncompiler.ir.text import expr_text
+from attncompiler.passes.causal import Place, at
+from attncompiler.passes.constant_masks import Recovery, view_of
+from attncompiler.passes.contraction import Contraction, contraction_of
+from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.lift_decay import decay_matrix
+from attncompiler.passes.nodes import CASTS, CHANNEL, KV, Operand, RowReduce, Weights, dtype_of, shape_of
+from attncompiler.passes.reader import Reader
+from attncompiler.passes.recognise import BARRIERS, obstacle, roles_of
+from attncompiler.passes.separable import Facts, Separated, separate
+from attncompiler.passes.signs import Sign, sign_of
+from attncompiler.passes.site import Recovered
+from attncompiler.passes.sizes import Extent, IndexSpace, size_expr
+from attncompiler.passes.state_site import (
+    NothingToSay,
+    Parts,
+    RecoveredDecay,
+    StateContext,
+    StateSite,
+    assembled,
+    proof_of,
+    table_dtype,
+)
+
+
+def scores_times_values(context: StateContext, node: Node) -> StateSite:
+    """The state that a product of scores and values is. Raises: NothingToSay; Unrecognised, with the reason."""
+    product = contraction_of(node)
+    if product is None:
+        raise NothingToSay
+    for weights, value in (("left", "right"), ("right", "left")):
+        if products_behind(getattr(product, weights)):
+            try:
+                return _oriented(context, node, product, weights, value)
+            except NothingToSay:
+                continue
+    raise NothingToSay
+
+
+def products_behind(node: Node) -> set[Node]:
+    """Products that reach `node` through elementwise operators and views alone."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [node]
+    while stack and len(seen) < 400:
+        current = stack.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        if contraction_of(current) is not None:
+            found.add(current)
+        elif base_name(current.target) not in BARRIERS:
+            stack.extend(current.all_input_nodes)
+    return found
+
+
+def _oriented(context: StateContext, node: Node, product: Contraction, weights_side: str, value_side: str) -> StateSite:
+    scores: Node = getattr(product, weights_side)
+    letters: str = getattr(product, f"{weights_side}_letters")
+    try:
+        roles = roles_of(product, letters, getattr(product, f"{value_side}_letters"))
+    except Unrecognised:
+        raise NothingToSay from None
+    if not roles.query or product.bias is not None:
+        raise NothingToSay
+    space = IndexSpace()
+    reader = Reader(context.module, space, context.trained, context.masks)
+    extent = {c: Reader.extent_of(product, c) for c in dict.fromkeys(product.left_letters + product.right_letters)}
+    place: dict[str, Expr] = {c: space.axis(f"batch{i}", extent[c]) for i, c in enumerate(roles.batch)}
+    space.extents[KV], space.extents[Q_IDX] = extent[roles.key], extent[roles.query]
+    place |= {roles.key: KV, roles.channel: CHANNEL, roles.query: Q_IDX}
+    element = reader.element(scores, reader.broadcast_letters(scores, letters, place))
+    if any(isinstance(n, Weights) for n in walk(element)):
+        raise NothingToSay
+    found = _Weighed(context, reader, element, value_side, product, place)
+    batch = [(place[c], extent[c]) for c in roles.batch]
+    division = _division(reader, node, product, place)
+    site = found.site(node, batch, extent[roles.key], extent[roles.query], extent[roles.channel], division)
+    order = roles.batch + roles.query + roles.channel
+    return replace(
+        site,
+        split=tuple(extent[c] for c in order),
+        permutation=tuple(order.index(c) for c in product.out_letters),
+        softmax_nodes=frozenset({scores, *products_behind(scores)}),
+    )
+
+
+def _division(reader: Reader, node: Node, product: Contraction, place: Mapping[str, Expr]) -> tuple[Node, Expr] | None:
+    """The quotient of the product by the sum of its scores over a row, where it is made after the product, and what is divided by."""
+    users = list(node.users)
+    if len(users) != 1 or base_name(users[0].target) not in ("div", "true_divide", "divide") or users[0].kwargs:
+        return None
+    numerator, divisor = users[0].args
+    if numerator is not node or not isinstance(divisor, Node) or users[0].meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    index = tuple(place[c] for c in product.out_letters)
+    expr = reader.element(divisor, reader.broadcast(divisor, shape_of(node), index))
+    return (users[0], expr) if any(isinstance(n, RowReduce) for n in walk(expr)) else None
+
+
+@dataclass
+class _Weighed:
+    """One element of the scores, and the values that they weigh."""
+
+    context: StateContext
+    reader: Reader
+    element: Expr
+    value_side: str
+    product: Contraction
+    place: Mapping[str, Expr]
+
+    def __post_init__(self) -> None:
+        self.recovered: list[Recovered | RecoveredDecay] = []
+
+    def site(
+        self,
+        node: Node,
+        batch: Sequence[tuple[Expr, Extent]],
+        keys: Extent,
+        queries: Extent,
+        channels: Extent,
+        division: tuple[Node, Expr] | None,
+    ) -> StateSite:
+        dots = [dot for dot in dots_of(self.element) if {"q_idx", "kv_idx"} <= axes_of(dot)]
+        if not dots:
+            self._refuse_hidden()
+            raise NothingToSay
+        element = self._equal(self._lifted(self.element))
+        past, own, future = (at(place, element) for place in Place)
+        everything = not _weighs_pairs(element)
+        if everything:
+            self._worthwhile(dots[0], keys, queries, channels)
+        elif future not in (ZERO, Const(0.0)):
+            if not _hides_some(past, own, future):
+                raise Unrecognised(
+                    "the keys after a query weigh too",
+                    why=f"the factor there is {_factor_text(future)}; one state, which keys enter in order, can't give both sides",
+                    do="split the factor into a causal half and its mirror image, two linear attentions whose results are added",
+                )
+            raise Unrecognised("the mask between scores and values is not causal", why="it keeps keys after their query")
+        dot, factor, divisor = _parts(past)
+        own_factor = own if own in (ZERO, Const(0.0)) else _parts(own)[1]
+        facts = Facts(self._sign, self._summand)
+        found = separate(factor, own_factor, facts)
+        value_node: Node = getattr(self.product, self.value_side)
+        value, value_scale = self.reader.vector(
+            value_node, getattr(self.product, f"{self.value_side}_letters"), self.place, "value", self.product.dtype, widen=False
+        )
+        weigh, output, scale = ONE if divisor is None else divisor, node, value_scale * self.product.alpha
+        if division is not None:
+            weigh, output = (division[1] if weigh == ONE else mul(weigh, division[1])), division[0]
+        if weigh != ONE:
+            weigh = self._divisor(weigh, dot, found)
+            weigh = weigh if scale == 1.0 else apply("div", weigh, Const(scale))
+            scale = 1.0
+        all_keys = sub(size_expr(keys), ONE)
+        moment = Moment.BEFORE if found.own_excluded and not everything else Moment.AFTER
+        parts = Parts(
+            dot.left, dot.right, value, found.scale * scale, found.step, weigh, all_keys if everything else Q_IDX, moment,
+            queries, keys, self._features(dot), channels,
+        )  # fmt: skip
+        saves = f"a state of {self._features(dot)} x {channels} a head in place of scores of {queries} x {keys}"
+        site = assembled(
+            self.context, self.reader, node, output, parts, batch, saves, () if everything else (proof_of(factor, found),)
+        )
+        return replace(site, recovered=tuple(self.recovered))
+
+    def _features(self, dot: Dot) -> Extent:
+        operand = self.reader.leaves[dot.left.tensor]
+        return shape_of(operand.node)[-1 if operand.channel_place is None else operand.channel_place]
+
+    # ------------------------------------------------------------------------------------------------ reading scores
+
+    def _refuse_hidden(self) -> None:
+        """Scores that an operator hides: worth a word where what is hidden is a mask, a decay or dropout."""
+        for read in reads_of(self.element):
+            node = self.reader.leaves[read.tensor].node
+            if {"q_idx", "kv_idx"} <= axes_of(read) and "dropout" in base_name(node.target) and products_behind(node):
+                raise Unrecognised(
+                    "the scores are not a product of queries and keys that can be followed",
+                    why=f"between the product and the values stands {obstacle(self.reader, self.element)}",
+                    do="drop elements of the values or of the output: a dropped score can't be left out of a state",
+                )
+
+    def _lifted(self, element: Expr) -> Expr:
+        """The element with rules for its constants: rates for a matrix of decays, a predicate for a mask."""
+        instead: dict[Expr, Expr] = {}
+        of_dots = {read for dot in dots_of(element) for read in reads_of(dot)}
+        for read in reads_of(element):
+            if read in of_dots or not {"q_idx", "kv_idx"} <= axes_of(read) or read.tensor not in self.reader.leaves:
+                continue
+            node = self.reader.leaves[read.tensor].node
+            view, constant = view_of(read.index, shape_of(node)), self.context.masks.constants.of(node)
+            if view is None or constant is None:
+                continue
+            found = decay_matrix(constant.value, view)
+            if found is not None:
+                values: Node = getattr(self.product, self.value_side)
+                name = f"{node.name}.rates"
+                self.reader.leaves[name] = Operand(values, table=found.rates.to(table_dtype(dtype_of(values))))
+                instead[read] = found.element(read, name)
+                self.recovered.append(RecoveredDecay(node, constant.recipe, found))
+                continue
+            lifted = self.context.masks.of(node, view)
+            if lifted is not None and not lifted.rule.tables:
+                recovery = Recovery(node.name, view, lifted)
+                instead[read] = recovery.element(read)
+                self.recovered.append(Recovered(node, constant.recipe, recovery))
+        return substitute(element, instead)
+
+    def _equal(self, element: Expr) -> Expr:
+        """The element with one name for reads of nodes that compute the same."""
+
+        def visit(expr: Expr) -> Expr | None:
+            if isinstance(expr, Dot):
+                return expr
+            if isinstance(expr, Read) and self.reader.leaves[expr.tensor].is_plain:
+                first = self.context.equal[self.reader.leaves[expr.tensor].node]
+                return self.reader.leaf(first, tuple(transform(entry, visit) for entry in expr.index))
+            return None
+
+        return transform(element, visit)
+
+    def _sign(self, read: Read) -> Sign:
+        operand = self.reader.leaves[read.tensor]
+        if operand.table is not None:
+            return Sign.NOT_NEGATIVE  # rates that `decay_matrix` found
+        return sign_of(operand.node, self.context.masks.constants)
+
+    def _summand(self, read: Read) -> Expr | None:
+        """What a running sum over the positions sums."""
+        node, index = self.reader.leaves[read.tensor].node, read.index
+        return self._summed(node, index)
+
+    def _summed(self, node: Node, index: tuple[Expr, ...]) -> Expr | None:
+        name = base_name(node.target)
+        if name == "cumsum":
+            source, dim = node.args[:2]
+            assert isinstance(source, Node) and isinstance(dim, int)
+            dim %= len(index)
+            if index[dim] != KV_IDX or any("kv_idx" in axes_of(i) for place, i in enumerate(index) if place != dim):
+                return None
+            return self.reader.leaf(source, index)
+        if not node.args or not isinstance(node.args[0], Node):
+            return None
+        if name in ("mul", "div") and isinstance(node.args[1], int | float) and "rounding_mode" not in node.kwargs:
+            inner = self._summed(node.args[0], index)
+            return None if inner is None else apply(name, inner, Const(float(node.args[1])))
+        if name == "neg" or name in CASTS:
+            inner = self._summed(node.args[0], index)
+            return inner if inner is None or name != "neg" else apply("neg", inner)
+        return None
+
+    def _divisor(self, weigh: Expr, dot: Dot, found: Separated) -> Expr:
+        """What O is divided by, in terms of the row that goes through the same steps."""
+
+        def visit(expr: Expr) -> Expr | None:
+            if not isinstance(expr, RowReduce):
+                return None
+            body = self._equal(self._lifted(self.reader.element(expr.node, expr.index)))
+            past, own, future = (at(place, body) for place in Place)
+            if future not in (ZERO, Const(0.0)):
+                return None  # it sums keys after the query too
+            other, factor, divided = _parts(past)
+            facts = Facts(self._sign, self._summand)
+            mine = separate(factor, own if own in (ZERO, Const(0.0)) else _parts(own)[1], facts)
+            agrees = (mine.step, mine.own_excluded) == (found.step, found.own_excluded) and divided is None
+            if expr.op != "sum" or other != dot or not agrees:
+                raise Unrecognised(
+                    "what the output is divided by is not the sum of its own scores",
+                    why="the normaliser of a state takes the same steps as the state",
+                    do="compute it apart, as the same product with values that are 1",
+                )
+            return ROW if mine.scale == found.scale else mul(ROW, Const(mine.scale / found.scale))
+
+        return transform(weigh, visit)
+
+    def _worthwhile(self, dot: Dot, keys: Extent, queries: Extent, channels: Extent) -> None:
+        """Scores without a mask: three matrices, of which the last two are better multiplied first where there are many keys."""
+        batched = {axis for axis in axes_of(dot.right) if axis.startswith("batch")}
+        sizes = (keys, queries, channels, self._features(dot))
+        if not batched or not all(isinstance(size, int) for size in sizes):
+            raise NothingToSay
+        n, m, d, c = (int(size) for size in sizes)
+        if n != m or n * m * (c + d) <= 4 * (n + m) * c * d:
+            raise NothingToSay
+
+
+def _weighs_pairs(element: Expr) -> bool:
+    """True where something beside the dot product depends on query and key together."""
+    return any(
+        {"q_idx", "kv_idx"} <= axes_of(node) and not dots_of(node)
+        for node in _outside_dots(element)
+    )  # fmt: skip
+
+
+def _outside_dots(expr: Expr) -> Iterator[Expr]:
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, Dot):
+            yield node
+            stack.extend(node.children)
+
+
+def _hides_some(*elements: Expr) -> bool:
+    return any(element in (ZERO, Const(0.0)) for element in elements)
+
+
+def _factor_text(element: Expr) -> str:
+    try:
+        return expr_text(_parts(element)[1])
+    except Unrecognised:
+        return "made of the scores"
+
+
+def _parts(element: Expr) -> tuple[Dot, Expr, Expr | None]:
+    """dot * factor / divisor: the divisor is what holds sums over a row. Raises: Unrecognised, naming the operator in between."""
+    if isinstance(element, Dot):
+        return element, ONE, None
+    if isinstance(element, Apply) and element.op in ("to_float", "round_f16", "round_bf16"):
+        return _parts(element.args[0])
+    if isinstance(element, Apply) and element.op == "neg":
+        raise Unrecognised("the scores are subtracted", why="they are negated before they are summed", do="negate the output")
+    if isinstance(element, Apply) and element.op in ("mul", "div"):
+        left, right = element.args
+        if dots_of(left) and not dots_of(right):
+            dot, factor, divisor = _parts(left)
+            if any(isinstance(n, RowReduce) for n in walk(right)):
+                right = right if element.op == "div" else apply("div", Const(1.0), right)
+                return dot, factor, right if divisor is None else mul(divisor, right)
+            return dot, _times(factor, right) if element.op == "mul" else apply("div", factor, right), divisor
+        if element.op == "mul" and dots_of(right) and not dots_of(left):
+            return _parts(apply("mul", right, left))
+    what = element.op if isinstance(element, Apply) else "nothing that is a product of queries and keys"
+    raise Unrecognised(
+        "the scores are not a product of queries and keys times a factor",
+        why=f"between the product and the values stands {what}",
+    )
+
+
+def _times(left: Expr, right: Expr) -> Expr:
+    return right if left == ONE else mul(left, right)
