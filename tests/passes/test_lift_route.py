@@ -1,0 +1,141 @@
+"""Gates that switch heads, as MoH writes them, are routes; gates that only scale are left where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attncompiler
+
+HEADS, CHOSEN, N, D = 8, 2, 200, 16
+Gate = Callable[[Tensor], Tensor]
+
+
+def attend(x: Tensor, w: Tensor, causal: bool = True) -> Tensor:
+    q, k, v = (x @ w).view(2, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [2, HEADS, N, D]
+
+
+def router(x: Tensor) -> Tensor:
+    return x[..., :HEADS].softmax(-1)
+
+
+def scattered(x: Tensor) -> Tensor:
+    p = router(x)
+    kept = p * torch.zeros_like(p).scatter(-1, p.topk(CHOSEN, -1).indices, 1.0)
+    return CHOSEN * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).eps)
+
+
+def one_hot(x: Tensor) -> Tensor:
+    p = router(x)
+    return F.one_hot(p.topk(CHOSEN, -1).indices, HEADS).sum(-2) * p
+
+
+def shared_and_routed(x: Tensor) -> Tensor:
+    """Two heads are always on; two shares weigh both kinds."""
+    p = x[..., : HEADS - 2].softmax(-1)
+    routed = p * torch.zeros_like(p).scatter(-1, p.topk(CHOSEN, -1).indices, 1.0)
+    mix = 2 * x[..., -2:].softmax(-1)
+    return torch.cat([mix[..., :1] * x[..., 8:10].softmax(-1), torch.einsum("bn,bne->bne", mix[..., 1], routed)], -1)
+
+
+def zero_or_one(x: Tensor) -> Tensor:
+    p = router(x.detach())
+    return torch.zeros_like(p).scatter(-1, p.topk(CHOSEN, -1).indices, 1.0)
+
+
+def compared(x: Tensor) -> Tensor:
+    p = router(x)
+    return torch.where(p >= p.topk(CHOSEN, -1).values[..., -1:], p, 0.0)
+
+
+def masked_softmax(x: Tensor) -> Tensor:
+    logits = x[..., :HEADS]
+    off = logits < logits.topk(CHOSEN, -1).values[..., -1:]
+    return logits.masked_fill(off, -torch.inf).softmax(-1)
+
+
+def of_heads(x: Tensor) -> Tensor:
+    return torch.where(torch.arange(HEADS) % 2 == 0, x.mean((0, 1))[:HEADS], 0.0)
+
+
+GATES: tuple[Gate, ...] = (scattered, one_hot, shared_and_routed, zero_or_one, compared, masked_softmax, of_heads)
+
+
+def by_mul(o: Tensor, gate: Tensor) -> Tensor:
+    return (o.transpose(1, 2) * gate[..., None]).reshape(2, N, -1)
+
+
+def by_einsum(o: Tensor, gate: Tensor) -> Tensor:
+    return torch.einsum("bne,bned->bned", gate.expand(2, N, HEADS), o.transpose(1, 2)).reshape(2, N, -1)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    shapes = (2, N, HEADS * D), (HEADS * D, 3 * HEADS * D)
+    x, w = (torch.randn(shape, dtype=torch.float64) * 0.3 for shape in shapes)
+    return x.requires_grad_(), w.requires_grad_()
+
+
+@pytest.mark.parametrize("apply", [by_mul, by_einsum])
+@pytest.mark.parametrize("gate", GATES)
+def test_taken(gate: Gate, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return apply(attend(x, w), gate(x))
+
+    x, w = inputs()
+    torch._dynamo.reset()
+    (region,) = attncompiler.explain(f, x, w).regions
+    assert "  route " in region.ir and any("not computed" in note for note in region.notes)
+    expected, found = (g(x, w) for g in (f, torch.compile(f, backend="attncompiler", options={"inner": "aot_eager"})))
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(out.square().sum(), (x, w)) for out in (expected, found))
+    for right, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x[..., :HEADS].sigmoid()
+
+
+def relu(x: Tensor) -> Tensor:
+    """0 where a number happens to be negative: its gradient there is relu's affair, not a proof."""
+    return x[..., :HEADS].relu()
+
+
+def scattered_into_ones(x: Tensor) -> Tensor:
+    p = router(x)
+    return torch.ones_like(p).scatter(-1, p.topk(CHOSEN, -1).indices, 2.0)
+
+
+LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a gate that scales": lambda x, w: by_mul(attend(x, w), scaled(x)),
+    "relu": lambda x, w: by_mul(attend(x, w), relu(x)),
+    "no zeros": lambda x, w: by_mul(attend(x, w), scattered_into_ones(x)),
+    "a gate of channels": lambda x, w: attend(x, w).transpose(1, 2) * torch.zeros(D).scatter(0, torch.arange(3), 1.0).to(x),
+    "the output is read as it is too": lambda x, w: (lambda o: by_mul(o, scattered(x)) + o.mean())(attend(x, w)),
+    "another dtype": lambda x, w: by_mul(attend(x.float(), w.float()), scattered(x)),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left(name: str) -> None:
+    x, w = inputs()
+    torch._dynamo.reset()
+    (region,) = attncompiler.explain(LEFT[name], x, w).regions
+    assert "  route " not in region.ir
+    compiled = torch.compile(LEFT[name], backend="attncompiler", options={"inner": "aot_eager"})
+    torch.testing.assert_close(compiled(x, w), LEFT[name](x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_few_keys_are_left() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        q, k, v = (x[:, :32] @ w).view(2, 32, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2) * scattered(x[:, :32])[..., None]
+
+    torch._dynamo.reset()
+    assert "  route " not in attncompiler.explain(f, *inputs()).regions[0].ir

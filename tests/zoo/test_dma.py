@@ -1,0 +1,56 @@
+"""Dynamic mask attention: plain, compiled and declared, against one another, forward and backward; no mask of all pairs is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import attncompiler
+from attncompiler.zoo import SELECTED, Size
+from attncompiler.zoo.dma import dma_attend_by_sdpa, dma_bias
+from attncompiler.zoo.system import bound
+
+
+def results(form: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    out = form(*inputs)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out, *torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad)]
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_three_ways(name: str) -> None:
+    system = SELECTED[name]
+    example = system.example(Size.SMALL)
+    inputs = example.drawn(torch.float64, torch.device("cpu"), 0)
+    plain = bound(system.plain, example.numbers)
+    expected = results(plain, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, backend="attncompiler", options={"inner": "aot_eager"})
+    for form in (compiled, bound(system.declared, example.numbers)):
+        for ours, right in zip(results(form, inputs), expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dma", "dma-rows"])
+def test_the_attention_is_of_the_chosen_keys(name: str) -> None:
+    system = SELECTED[name]
+    example = system.example(Size.SMALL)
+    found = attncompiler.explain(bound(system.plain, example.numbers), *example.drawn(torch.float32, torch.device("cpu"), 0))
+    (region,) = found.regions
+    assert "top_k" in region.ir and "picked" in region.ir
+
+
+def test_by_sdpa() -> None:
+    example = SELECTED["dma"].example(Size.SMALL)
+    inputs = example.drawn(torch.float64, torch.device("cpu"), 3)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, w_dt: Tensor, a: Tensor) -> Tensor:
+        return dma_attend_by_sdpa(q, k, v, dma_bias(v, w_dt, a), 60)
+
+    expected = results(plain, inputs)
+    torch._dynamo.reset()
+    for ours, right in zip(results(torch.compile(plain, backend="attncompiler"), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
