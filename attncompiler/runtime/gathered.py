@@ -103,7 +103,7 @@ class Gathered:
     ) -> dict[str, Tensor]:
         """The gradients of the operands `names`, from those of `program`: rows go back to where they lay."""
         extents = extents_of(self.program, sizes)
-        totals = {name: found[name] if name in found else torch.zeros_like(given[name]) for name in names}
+        totals = {name: found[name] if name in found else given[name].new_zeros(given[name].shape) for name in names}
         for gather in self.gathers:
             name = gather.read.tensor
             if name in names:
