@@ -112,7 +112,7 @@ def backward(
     call = Routed(program, operands, sizes)
     rows, compact = call.rows, call.compact
     gain = call.gain
-    found = {name: operands[name].new_zeros(operands[name].shape) for name in wanted}
+    found: dict[str, Tensor] = {}  # without what has no gradient yet
     if gain is None:
         grad_rows, lse_rows, _ = rows.take_gradients(grad_o, lse, None, None)
         summed = rows.take_vectors(o)
@@ -125,7 +125,7 @@ def backward(
         if name in wanted:
             if call.nan_if_empty:
                 along = along.masked_fill((lse == float("-inf")) & (rows.place >= 0), torch.nan)
-            target = _across(compact.gain, found[name])
+            target = _across(compact.gain, _sums(found, name, operands))
             target += along.sum_to_size(target.shape).to(target.dtype)
     rcp_rows = rows.take(rcp) if program.has_rcp else rcp
     grad_lse_rows = None if grad_lse is None else rows.take(grad_lse)
@@ -135,18 +135,39 @@ def backward(
         compact.program, call.operands(), call.compact_sizes, summed, lse_rows, rcp_rows, grad_rows, grad_lse_rows, inner
     )
     for name, gradient in made.items():
-        if name not in copies:
+        if name in copies:
+            _put_gradient(call, copies[name], gradient, found)
+        elif name in found:
             found[name] += gradient
-            continue
-        read = copies[name]
-        view = view_vectors(read, operands[read.tensor], Q_IDX, call.block)
-        sums = vector_gradient(read, view, found[read.tensor], Q_IDX, call.block)
-        b, h, m = (call.extents[axis.name] for axis in _QUERY_AXES)
-        sums.add(rows.put(gradient), (0, b), (0, h), ((0, m),))
-        sums.scatter(call.block)
+        else:
+            found[name] = gradient
     if program.sum.tensor in wanted and not call.nonempty:
-        poison_empty_heads(program, call.block, lse.masked_fill(rows.place < 0, 0.0), found[program.sum.tensor])
-    return found
+        value_sums = _sums(found, program.sum.tensor, operands)
+        poison_empty_heads(program, call.block, lse.masked_fill(rows.place < 0, 0.0), value_sums)
+    return {name: _sums(found, name, operands) for name in wanted}
+
+
+def _sums(found: dict[str, Tensor], name: str, operands: Mapping[str, Tensor]) -> Tensor:
+    """The gradient of an operand so far, 0 at first."""
+    if name not in found:
+        found[name] = operands[name].new_zeros(operands[name].shape)
+    return found[name]
+
+
+def _put_gradient(call: Routed, read: Read, gradient: Tensor, found: dict[str, Tensor]) -> None:
+    """Add the gradient of rows by list to that of the operand that they were read from. The first that covers a whole operand is
+    written to it at once: every row once, none read."""
+    operand = call.given[read.tensor]
+    view = view_vectors(read, operand, Q_IDX, call.block)
+    whole = (*call.rows.place.shape, gradient.shape[3])
+    if read.tensor not in found and not view.gathered and view.tensor.shape == whole and view.tensor.numel() == operand.numel():
+        found[read.tensor] = operand.new_empty(operand.shape)
+        call.rows.put_into(view_vectors(read, found[read.tensor], Q_IDX, call.block).tensor, gradient)
+        return
+    sums = vector_gradient(read, view, _sums(found, read.tensor, call.given), Q_IDX, call.block)
+    b, h, m = (call.extents[axis.name] for axis in _QUERY_AXES)
+    sums.add(call.rows.put(gradient), (0, b), (0, h), ((0, m),))
+    sums.scatter(call.block)
 
 
 def _across(read: Read, tensor: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def list_rows(active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M, D, x_b, x_h, x_m, x_d, g_b, g_h, g_m,
                ROWS: tl.constexpr, CHANNELS: tl.constexpr, GAINS: tl.constexpr, GRADS: tl.constexpr,
                STATISTICS: tl.constexpr):  # fmt: skip
+    wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     pair = tl.program_id(1)
     b = (pair // H).to(tl.int64)
     h = (pair % H).to(tl.int64)
@@ -89,11 +90,11 @@ def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M,
     x = tl.load(at, mask=listed[:, None] & inside, other=0.0)
     if GRADS:
         summed = tl.load(Summed + rows[:, None] * D + channels[None, :], mask=listed[:, None] & inside, other=0.0)
-        along = tl.sum(x.to(tl.float32) * summed.to(tl.float32), 1)
+        along = tl.sum(x.to(wide) * summed.to(wide), 1)
         tl.store(GradGain + pair.to(tl.int64) * M + query, along, mask=listed)
     if GAINS:
         gain = tl.load(Gain + b * g_b + h * g_h + query * g_m, mask=listed, other=0.0)
-        x = x.to(tl.float32) * gain.to(tl.float32)[:, None]
+        x = x.to(wide) * gain.to(wide)[:, None]
     tl.store(Out + rows[:, None] * D + channels[None, :], x.to(Out.dtype.element_ty), mask=(place[:, None] < M) & inside)
 
 
@@ -101,11 +102,11 @@ def take_rows(
     x: Tensor, index: Tensor, count: Tensor, gain: Tensor | None = None, summed: Tensor | None = None, lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows of x [b, h, q_idx, D] by list, times a gain of each [b, h, q_idx]. For `summed` [b, h, q_idx, D], by list, also its
-    product with each row before the gain, float32 [b, h, q_idx], where the row came from, 0 elsewhere. And lse [b, h, q_idx] by
-    list; all are 0 past the end of a list."""
+    product with each row before the gain [b, h, q_idx], float32 or for float64 itself, where the row came from, 0 elsewhere. And lse by
+    list, as [b, h, q_idx]; all are 0 past the end of a list."""
     b, h, m, d = x.shape
     out = torch.empty((b, h, m, d), dtype=x.dtype, device=x.device)
-    along = None if summed is None else torch.zeros((b, h, m), dtype=torch.float32, device=x.device)
+    along = None if summed is None else torch.zeros((b, h, m), dtype=_wide(x), device=x.device)
     lse_rows = None if lse is None else torch.empty_like(lse)
     gain_strides = (0, 0, 0) if gain is None else gain.stride()
     if x.numel():
@@ -121,6 +122,7 @@ def take_rows(
 def _put_rows(X, Out, Place, Gain, LseRows, Lse, H, M, D, o_b, o_h, o_m, g_b, g_h, g_m,
               ROWS: tl.constexpr, CHANNELS: tl.constexpr, GAINS: tl.constexpr, STATISTICS: tl.constexpr,
               NAN_IF_EMPTY: tl.constexpr):  # fmt: skip
+    wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     pair = tl.program_id(1)
     b = (pair // H).to(tl.int64)
     h = (pair % H).to(tl.int64)
@@ -133,7 +135,7 @@ def _put_rows(X, Out, Place, Gain, LseRows, Lse, H, M, D, o_b, o_h, o_m, g_b, g_
     x = tl.load(X + rows[:, None] * D + channels[None, :], mask=listed[:, None] & inside, other=0.0)
     if GAINS:
         gain = tl.load(Gain + b * g_b + h * g_h + query * g_m, mask=listed, other=0.0)
-        x = tl.where(listed[:, None], x.to(tl.float32) * gain.to(tl.float32)[:, None], 0.0)
+        x = tl.where(listed[:, None], x.to(wide) * gain.to(wide)[:, None], 0.0)
     if STATISTICS:
         lse = tl.load(LseRows + rows, mask=listed, other=float("-inf"))
         tl.store(Lse + pair.to(tl.int64) * M + query, lse, mask=query < M)
@@ -153,14 +155,28 @@ def put_rows(
     b, h, m, d = x.shape
     strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
     out = torch.empty_strided((b, h, m, d), strides, dtype=x.dtype, device=x.device)
+    lse = put_rows_into(out, x, place, gain, lse_rows, nan_if_empty)
+    return out, lse
+
+
+def put_rows_into(
+    out: Tensor, x: Tensor, place: Tensor, gain: Tensor | None = None, lse_rows: Tensor | None = None, nan_if_empty: bool = False
+) -> Tensor | None:
+    """As `put_rows`, into `out` [b, h, q_idx, D] of any strides with dense channels, every row of which is written. Returns lse."""
+    b, h, m, d = x.shape
     lse = None if lse_rows is None else torch.empty_like(lse_rows)
     gain_strides = (0, 0, 0) if gain is None else gain.stride()
     if x.numel():
         tensors = {"X": x, "Out": out, "Place": place, "Gain": gain, "LseRows": lse_rows, "Lse": lse}
-        constants = {"H": h, "M": m, "D": d, **_strides("o", strides[:3]), **_strides("g", gain_strides), "GAINS": gain is not None,
+        constants = {"H": h, "M": m, "D": d, **_strides("o", out.stride()[:3]), **_strides("g", gain_strides), "GAINS": gain is not None,
                      "STATISTICS": lse is not None, "NAN_IF_EMPTY": nan_if_empty}  # fmt: skip
         _run(_put_rows, (triton.cdiv(m, _ROWS), b * h), tensors, {**constants, **_tile(d)})
-    return out, lse
+    return lse
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What products of rows are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:

@@ -41,6 +41,13 @@ class Rows:
             place, absent = place[..., None].expand(-1, -1, -1, x.shape[3]), absent[..., None]
         return x.gather(2, place).masked_fill_(absent, elsewhere)
 
+    def put_into(self, out: Tensor, x: Tensor) -> None:
+        """Fill `out` [b, h, q_idx, D], dense in its channels, with the rows x by list; 0 where a query is in no list."""
+        if x.is_cuda:
+            row_kernels.put_rows_into(out, x, self.place)
+        else:
+            out.copy_(self.put(x))
+
     def take_vectors(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         """As `take`, each row times its gain [b, h, q_idx], in x's dtype."""
         x = x.expand(*self.count.shape, *x.shape[2:])

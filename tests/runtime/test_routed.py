@@ -140,8 +140,9 @@ def test_rows() -> None:
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("nan_if_empty", [False, True])
-def test_the_kernels_that_move_rows(nan_if_empty: bool) -> None:
+def test_the_kernels_that_move_rows(nan_if_empty: bool, dtype: torch.dtype) -> None:
     """Against torch, with strides, more rows than a program moves, and lists that end anywhere."""
     active = torch.rand(2, 150, 3).transpose(1, 2) > 0.4
     active[0, 1] = False
@@ -149,8 +150,8 @@ def test_the_kernels_that_move_rows(nan_if_empty: bool) -> None:
     longest = rows.length
     assert torch.equal(listed[0][..., :longest], rows.index) and torch.equal(listed[1], rows.count)
     assert torch.equal(listed[2], rows.place)
-    x, gain = torch.randn(2, 150, 3, 48).transpose(1, 2)[..., ::2], torch.randn(2, 150, 3).transpose(1, 2)
-    lse, summed = torch.randn(2, 3, 150), torch.randn(2, 3, 150, 24)
+    x, gain = torch.randn(2, 150, 3, 48, dtype=dtype).transpose(1, 2)[..., ::2], torch.randn(2, 150, 3, dtype=dtype).transpose(1, 2)
+    lse, summed = torch.randn(2, 3, 150, dtype=dtype), torch.randn(2, 3, 150, 24, dtype=dtype)
     expected = rows.take_gradients(x, lse, gain, summed[:, :, :longest])
     found = row_kernels.take_rows(x, listed[0], listed[1], gain, summed, lse)
     torch.testing.assert_close((found[0][:, :, :longest], found[2][..., :longest], found[1]), expected)  # type: ignore[index]
@@ -162,6 +163,9 @@ def test_the_kernels_that_move_rows(nan_if_empty: bool) -> None:
         ours = row_kernels.put_rows(padded[0], listed[2], gain, padded[1], nan_if_empty, heads_first)
         torch.testing.assert_close(ours, put, equal_nan=True)
         assert ours[0].stride() == put[0].stride()
+    into = torch.full((2, 150, 3, 24), torch.nan, dtype=dtype).transpose(1, 2)
+    row_kernels.put_rows_into(into, padded[0], listed[2])
+    torch.testing.assert_close(into, rows.put(taken))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attncompiler
 from attncompiler.zoo import SELECTED, Size
-from attncompiler.zoo.dma import dma_attend_by_sdpa, dma_bias
+from attncompiler.zoo.dma import dma_attend, dma_attend_by_sdpa, dma_bias
 from attncompiler.zoo.system import bound
 
 
@@ -49,6 +49,21 @@ def test_by_sdpa() -> None:
 
     def plain(q: Tensor, k: Tensor, v: Tensor, w_dt: Tensor, a: Tensor) -> Tensor:
         return dma_attend_by_sdpa(q, k, v, dma_bias(v, w_dt, a), 60)
+
+    expected = results(plain, inputs)
+    torch._dynamo.reset()
+    for ours, right in zip(results(torch.compile(plain, backend="attncompiler"), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_views() -> None:
+    """Heads that lie after tokens, as projections give them: gradients have the layout that compiled code was told."""
+    b, h, n, d = 2, 4, 150, 16
+    shapes = ((b, n, h, d), (b, n, 2, d), (b, n, 2, d), (b, 2, n))
+    inputs = tuple(torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return dma_attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, 40)
 
     expected = results(plain, inputs)
     torch._dynamo.reset()
