@@ -7,12 +7,13 @@ import functools
 
 from attncompiler.codegen.recurrence import Recurrence, recurrence_of
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import Kind
+from attncompiler.ir.expr import ONE, Kind, Read
 from attncompiler.ir.phase_text import parse_program
 from attncompiler.ir.phases import Phase, Program
 from attncompiler.ir.program import Attention, Route
 from attncompiler.ir.state import State
 from attncompiler.ir.tables import Tables
+from attncompiler.passes.compact_rows import is_plain
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,4 +73,8 @@ def _not_there(phase: Phase) -> str:
     if isinstance(work, Tables):
         numbers = all(work.decls[table.name].dtype.kind is Kind.FLOAT for table in work.tables)
         return "a sum beside an attention (tables)" if numbers else "a choice of keys made from the data (select)"
-    return "linear attention (state)" if isinstance(work, State) else ""
+    if isinstance(work, State):
+        return "linear attention (state)"
+    gain = work.route.gain
+    known = gain == ONE or (isinstance(gain, Read) and is_plain(gain))
+    return "" if known else "a gain of heads that is computed in the attention (route)"

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from attncompiler.dsl.vectors import check_vectors
 from attncompiler.errors import DeviceError, OptionError
 from attncompiler.passes.nodes import DTYPES
 from attncompiler.runtime import state_op as _op  # noqa: F401  registers the op
@@ -135,20 +136,7 @@ def _start(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise OptionError(f"{name} has {tensor.dim()} dimensions", do=f"give {name} as [B, H, N, D], as SDPA takes it")
-        if tensor.dtype != q.dtype or not tensor.dtype.is_floating_point:
-            raise OptionError(f"{name} is {tensor.dtype}, q is {q.dtype}", do="give q, k and v in one floating dtype")
-        if tensor.device != q.device:
-            raise DeviceError(f"{name} is on {tensor.device}, q is on {q.device}", do="move all operands to one device")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[1:3] != v.shape[1:3]:
-        why = "q [B, H, M, D], k [B, Hk, N, D] and v [B, Hk, N, Dv] are needed, the features included"
-        raise OptionError(f"shapes that do not fit: {shapes}", why=why)
-    if k.shape[1] != q.shape[1] and (not enable_gqa or k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-        do = "pass enable_gqa=True to share keys between heads" if k.shape[1] and q.shape[1] % k.shape[1] == 0 else ""
-        raise OptionError(f"{q.shape[1]} heads of queries and {k.shape[1]} of keys: {shapes}", do=do)
+    check_vectors(q, k, v, enable_gqa)
     if causal and q.shape[2] != k.shape[2]:
         raise OptionError(
             f"causal=True with {q.shape[2]} queries and {k.shape[2]} keys",

@@ -125,6 +125,8 @@ def top_k(rank: Tensor, w: int, *, per_row: bool = False, block: int = 1) -> Top
 
 def check(chosen: TopKeys, q: Tensor, k: Tensor) -> None:
     """Raises: OptionError where what is ranked does not fit the attention; DeviceError."""
+    if not isinstance(chosen, TopKeys):
+        raise OptionError(f"select is {chosen!r}", do="give what attncompiler.select makes: select=select.top_k(rank, w)")
     (b, h, m, _), n, rank = q.shape, k.shape[2], chosen.rank
     if rank.shape[0] not in (1, b) or rank.shape[1] == 0 or h % rank.shape[1] or rank.shape[2] != n:
         raise OptionError(

@@ -66,7 +66,7 @@ _MOVES = (
 _Rule = Callable[[Node, Builder, int], "Node | None"]
 
 
-def _cast(node: Node, build: Builder, steps: int) -> Node | None:
+def _same_zeros(node: Node, build: Builder, steps: int) -> Node | None:
     source = node.args[0]
     return activity(source, build, steps) if isinstance(source, Node) else None
 
@@ -110,9 +110,9 @@ def _product(left: object, right: object, build: Builder, steps: int) -> Node | 
     sides = []
     for mine, other in ((left, right), (right, left)):
         found = activity(mine, build, steps) if isinstance(mine, Node) else None
-        if found is None or not (isinstance(other, Node) or math.isfinite(float(other))):  # type: ignore[arg-type]
+        if found is None or (isinstance(other, float) and not math.isfinite(other)):
             continue
-        if isinstance(other, Node):
+        if is_tensor(other):
             wild = build(aten.logical_not.default, build(aten.isfinite.default, other))
             found = build(aten.logical_or.default, found, wild)
         sides.append(found)
@@ -137,12 +137,8 @@ def spread_einsum(node: Node, build: Builder) -> tuple[Node, Node] | None:
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
-    if (
-        not arrow
-        or len(operands) != 2
-        or "." in equation
-        or any(len(set(each)) < len(each) or set(each) - set(result) for each in letters)
-    ):
+    sums = any(len(set(each)) < len(each) or set(each) - set(result) for each in letters)
+    if not arrow or len(operands) != 2 or "." in equation or sums:
         return None
     found = []
     for operand, mine in zip(operands, letters, strict=True):
@@ -191,11 +187,8 @@ def _softmax(node: Node, build: Builder, steps: int) -> Node | None:
     return build(aten.logical_or.default, kept, build(aten.isnan.default, node))
 
 
-def _neg(node: Node, build: Builder, steps: int) -> Node | None:
-    return _cast(node, build, steps)
-
-
 _RULES: dict[str, _Rule] = {
-    "to": _cast, "_to_copy": _cast, "type_as": _cast, "detach": _cast, "neg": _neg, "scatter": _scatter, "cat": _cat, "mul": _mul,
-    "div": _div, "where": _where, "masked_fill": _masked_fill, "softmax": _softmax, "einsum": _einsum,
+    **dict.fromkeys(("to", "_to_copy", "type_as", "detach", "neg"), _same_zeros),
+    "scatter": _scatter, "cat": _cat, "mul": _mul, "div": _div, "where": _where, "masked_fill": _masked_fill,
+    "softmax": _softmax, "einsum": _einsum,
 }  # fmt: skip

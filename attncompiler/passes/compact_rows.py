@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import (
     KV_IDX,
-    ONE,
     Q_IDX,
     Axis,
     B,
@@ -54,16 +52,7 @@ class Compact:
 def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
     """Needs: a route. Ensures: none, and rows in place of queries. Keeps: O and lse of active queries, before the gain.
 
-    A row that keeps no key gives 0 in what is left, whatever the program says of it: `no_row_is_empty` or the caller puts it right.
-    Raises: UnsupportedProgram for a gain that is more than an element of a tensor."""
-    gain = program.route.gain
-    if gain != ONE and not (isinstance(gain, Read) and is_plain(gain)):
-        raise UnsupportedProgram(
-            "a gain that is computed in the attention has no kernel",
-            where=program.origin.line,
-            why="what a lowering multiplies the output by is one element of a tensor for each query and head",
-            do="compute the gains before the attention",
-        )
+    A row that keeps no key gives 0 in what is left, whatever the program says of it: `no_row_is_empty` or the caller puts it right."""
     taken = {decl.name for decl in program.tensors}
     rows, count = (_fresh(name, taken) for name in ("rows", "rows_count"))
     position = Read(rows, (B, H, Q_IDX))
@@ -90,7 +79,9 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
     new += [TensorDecl(rows, Dtype.I32, (b, h, length)), TensorDecl(count, Dtype.I32, (b, h))]
     used = {read.tensor for root in moved.expressions for read in reads_of(root)}
     tensors = tuple(decl for decl in (*program.tensors, *new) if decl.name in used)
-    return Compact(replace(moved, tensors=tensors), tuple((name, read) for read, name in copies.items()), rows, count, gain)
+    return Compact(
+        replace(moved, tensors=tensors), tuple((name, read) for read, name in copies.items()), rows, count, program.route.gain
+    )
 
 
 def without_route(program: Attention) -> Attention:

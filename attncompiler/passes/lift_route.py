@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
+from attncompiler.ir.evaluate import integer
 from attncompiler.ir.expr import Q_IDX, ZERO, Axis, B, Expr, H, Read
 from attncompiler.ir.program import Route, TensorDecl
 from attncompiler.ir.verify import verify
 from attncompiler.passes.activity import Builder, activity, spread_einsum
 from attncompiler.passes.elementwise import base_name
+from attncompiler.passes.memory import memory_root, writes
 from attncompiler.passes.nodes import DTYPES, PERMUTES, Operand, dtype_of, shape_of
 from attncompiler.passes.site import Site, size_values
 from attncompiler.passes.sizes import same, size_expr
@@ -37,14 +39,14 @@ class _Gated:
 def lift_route(graph: Graph, site: Site) -> Site:
     """Needs: a site of this graph. Ensures: the same, with the multiplication by its gate if that switches heads. Adds nodes that
     only the route reads. Keeps: values and gradients, if what is not computed would have been finite."""
-    if len(site.split) != 4 or site.lse is not None or site.unkept or site.program.route != Route() or _is_short(site):
+    if not _in_order(site) or site.lse is not None or site.unkept or _is_short(site):
         return site
     gated = _gated(graph, site)
     if gated is None or gated.node.meta["val"].dtype != site.output.meta["val"].dtype:
         return site
     build = Builder(graph, gated.node)
     active = activity(gated.gate, build)
-    if active is None:
+    if active is None or _changes_in_place(graph, gated):
         return site
     program, operands = site.program, list(site.operands)
     decls, reads = list(program.tensors), []
@@ -66,16 +68,31 @@ def lift_route(graph: Graph, site: Site) -> Site:
     )
 
 
+def _in_order(site: Site) -> bool:
+    """True where the output's letters are b, h, q_idx and the channel."""
+    sizes = [site.program.axes.size(axis) for axis in _LETTERS]
+    return len(site.split) == 4 and [size_expr(size) for size in site.split[:3]] == sizes
+
+
 def _is_short(site: Site) -> bool:
     """True for so few keys that rows are better computed than sorted out."""
-    keys = site.program.axes.kv_idx
-    values = site.output.meta["val"]
-    length = int(keys.value) if hasattr(keys, "value") else max(_hint(size) for size in shape_of(site.operands[1].node))
-    return length < _FEWEST_KEYS.get(values.device.type, 128)
+    hints = {name: size if isinstance(size, int) else int(size.node.hint) for name, size in site.sizes.items()}
+    device = site.output.meta["val"].device.type
+    return integer(site.program.axes.kv_idx, hints) < _FEWEST_KEYS.get(device, _FEWEST_KEYS["cpu"])
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+def _changes_in_place(graph: Graph, gated: _Gated) -> bool:
+    """True where something that the gate may be made of is written to before it is used: what is 0 then is not known from here."""
+    made: set[Node] = set()
+    stack = [gated.gate]
+    while stack:
+        node = stack.pop()
+        if node not in made:
+            made.add(node)
+            stack.extend(node.all_input_nodes)
+    roots = {memory_root(node) for node in made}
+    written = (node.args[0] for node in graph.nodes if node < gated.node and writes(node))
+    return any(isinstance(target, Node) and memory_root(target) in roots for target in written)
 
 
 def _gated(graph: Graph, site: Site) -> _Gated | None:

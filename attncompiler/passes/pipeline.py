@@ -18,7 +18,7 @@ from attncompiler.passes.contraction import contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.lift_route import lift_route
 from attncompiler.passes.normalise import capture, source_line
-from attncompiler.passes.recognise import BARRIERS, NORMALISERS, recognise, trained_nodes
+from attncompiler.passes.recognise import NORMALISERS, cone, recognise, trained_nodes
 from attncompiler.passes.recognise_state import recognise_states
 from attncompiler.passes.rewrite import rewrite
 from attncompiler.passes.site import Recovered, Refusal, Site
@@ -52,9 +52,9 @@ def compile_graph(module: GraphModule, inputs: Sequence[Any], lowerable: Lowerab
     masks = ConstantMasks(Constants(captured, module, inputs))
     trained = trained_nodes(captured, tuple(inputs))
     sites, refusals = recognise(captured, trained, masks)
-    sites = [lift_route(captured.graph, site) for site in sites]
     states, linear = recognise_states(captured, trained, masks, frozenset(site.output for site in sites), lowerable)
-    refusals = _without_linear(refusals, states, linear)
+    sites = [lift_route(captured.graph, site) for site in sites]
+    refusals = [r for r in _without_linear(refusals, states, linear) if not _is_of_a_layer(r)]
     covered = {node for site in sites for node in site.softmax_nodes} | {n for r in refusals for n in r.softmax_nodes}
     missed = [_missed(refusal) for refusal in refusals] + _unreached(captured, covered)
     left = rewrite(captured, [*sites, *states])
@@ -95,7 +95,14 @@ def _missed(refusal: Refusal) -> Missed:
 
 def _reads_product(node: Node) -> bool:
     """True for a softmax of scores; one over a layer's outputs (a router, a head of classes) is no attention."""
-    return any(contraction_of(n) is not None for n in _elementwise_cone(node))
+    return any(contraction_of(n) is not None for n in cone(node.all_input_nodes, NORMALISERS))
+
+
+def _is_of_a_layer(refusal: Refusal) -> bool:
+    """True where all that is normalised is what a layer gives: gates of a router that scale something are no attention."""
+    behind = [{base_name(n.target) for n in cone(s.all_input_nodes, NORMALISERS)} for s in refusal.softmax_nodes]
+    layers = all({"linear", "addmm"} & names for names in behind) and not any(map(_reads_product, refusal.softmax_nodes))
+    return bool(behind) and layers
 
 
 def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:
@@ -105,16 +112,3 @@ def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:
         if node.op == "call_function" and base_name(node.target) in NORMALISERS and node not in covered and _reads_product(node):
             found.append(Missed("the softmax of a product is not summed over values", source_line(node)))
     return found
-
-
-def _elementwise_cone(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack and len(seen) < 200:
-        current = stack.pop()
-        if current in seen or current.op != "call_function" or base_name(current.target) in BARRIERS:
-            continue
-        seen.add(current)
-        if contraction_of(current) is None and base_name(current.target) not in NORMALISERS:
-            stack.extend(current.all_input_nodes)
-    return seen

@@ -42,7 +42,7 @@ from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.lift_decay import decay_matrix
 from attncompiler.passes.nodes import CASTS, CHANNEL, KV, Operand, RowReduce, Weights, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
-from attncompiler.passes.recognise import BARRIERS, obstacle, roles_of
+from attncompiler.passes.recognise import cone, obstacle, roles_of
 from attncompiler.passes.separable import Facts, Separated, separate
 from attncompiler.passes.signs import Sign, sign_of
 from attncompiler.passes.site import Recovered
@@ -75,19 +75,7 @@ def scores_times_values(context: StateContext, node: Node) -> StateSite:
 
 def products_behind(node: Node) -> set[Node]:
     """Products that reach `node` through elementwise operators and views alone."""
-    found: set[Node] = set()
-    seen: set[Node] = set()
-    stack = [node]
-    while stack and len(seen) < 400:
-        current = stack.pop()
-        if current in seen or current.op != "call_function":
-            continue
-        seen.add(current)
-        if contraction_of(current) is not None:
-            found.add(current)
-        elif base_name(current.target) not in BARRIERS:
-            stack.extend(current.all_input_nodes)
-    return found
+    return {n for n in cone([node]) if contraction_of(n) is not None}
 
 
 def _oriented(context: StateContext, node: Node, product: Contraction, weights_side: str, value_side: str) -> StateSite:

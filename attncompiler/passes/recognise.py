@@ -7,6 +7,7 @@ graph is compared with anything.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +65,7 @@ def recognise(module: GraphModule, trained: frozenset[Node], masks: ConstantMask
         try:
             if node.target in _CALLS:
                 sites.append(_CALLS[node.target](module, node, trained, masks))
-            elif (product := contraction_of(node)) is not None:
+            elif (product := contraction_of(node)) is not None and product.summed:
                 behind = normalisers_behind(product.left) | normalisers_behind(product.right)
                 if behind:
                     sites.append(_product(module, node, product, trained, masks))
@@ -85,25 +86,27 @@ BARRIERS = frozenset({
 NORMALISERS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"})
 
 
-def normalisers_behind(node: Node) -> set[Node]:
-    """Normalisers that reach `node` through elementwise operators and views alone."""
-    found: set[Node] = set()
+def cone(nodes: Iterable[Node], ends: frozenset[str] = frozenset()) -> set[Node]:
+    """The calls that reach `nodes`, these included, through elementwise operators and views alone: products, operators of `ends` and
+    barriers are in it, and nothing behind them."""
     seen: set[Node] = set()
-    stack = [node]
-    while stack and len(seen) < 400:
+    stack = list(nodes)
+    while stack and len(seen) < _MOST_SEEN:
         current = stack.pop()
         if current in seen or current.op != "call_function":
             continue
         seen.add(current)
-        name = base_name(current.target)
-        if name in NORMALISERS:
-            found.add(current)
-            continue
-        if name == "exp":
-            found.add(current)
-        if name not in BARRIERS and contraction_of(current) is None:
+        if base_name(current.target) not in BARRIERS | ends and contraction_of(current) is None:
             stack.extend(current.all_input_nodes)
-    return found
+    return seen
+
+
+_MOST_SEEN = 400
+
+
+def normalisers_behind(node: Node) -> set[Node]:
+    """Normalisers that reach `node` through elementwise operators and views alone."""
+    return {n for n in cone([node], NORMALISERS) if base_name(n.target) in NORMALISERS | {"exp"}}
 
 
 # --------------------------------------------------------------------------------------- a product of weights and values

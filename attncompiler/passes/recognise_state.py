@@ -43,12 +43,14 @@ def recognise_states(
 
 
 def _equal_nodes(graph: Graph) -> Mapping[Node, Node]:
-    """For each node the first one that computes the same of the same."""
+    """For each node the first one that computes the same of the same; itself where memory changes, so that the same may differ."""
+    if any(writes(node) for node in graph.nodes):
+        return {node: node for node in graph.nodes}
     first: dict[str, Node] = {}
     equal: dict[Node, Node] = {}
     for node in graph.nodes:
         equal[node] = node
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or writes(node):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded not in node.target.tags:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: equal[n])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
-from attncompiler.ir.expr import KV_IDX, Q_IDX, Expr, Kind, Read, axes_of, conj, conjuncts, reads_of, transform
+from attncompiler.ir.expr import KV_IDX, Q_IDX, ZERO, Expr, Kind, Read, axes_of, conj, conjuncts, reads_of, transform
 from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.grid import windows_of
 from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan
@@ -74,17 +74,22 @@ class Planner:
     def _plan_kernel(self, operands: Mapping[str, Tensor], raw: Mapping[str, Tensor], constants: Constants) -> _PlanKernel:
         """Rows go in the order by what of the mask is known before the call: the parts that read no tensor, and those that read
         positions by list, as if all were listed."""
-        guessed = transform(self._program.keep.predicate, _as_if_in_order)
-        fixed = conj(*(part for part in conjuncts(guessed) if not reads_of(part)))
+        fixed = conj(*(part for part in map(as_if_in_order, conjuncts(self._program.keep.predicate)) if not reads_of(part)))
         order = _order(self._rows(replace(self._program, keep=Keep(fixed, Empty.NAN)), operands))
         return _PlanKernel(self._program, self._extents, self._blocks, self._by_keys, order, raw, constants)
 
 
-def _as_if_in_order(expr: Expr) -> Expr | None:
-    """A position for an integer that is read at it."""
-    if not isinstance(expr, Read) or len(axes := axes_of(expr) & {"q_idx", "kv_idx"}) != 1:
-        return None
-    return Q_IDX if "q_idx" in axes else KV_IDX
+def as_if_in_order(part: Expr) -> Expr:
+    """Where a part of a mask compares a position with what is read at one, a position by list as if all were listed."""
+    if not axes_of(transform(part, lambda e: ZERO if isinstance(e, Read) else None)):
+        return part  # numbers of documents and the like are no positions
+
+    def position(expr: Expr) -> Expr | None:
+        if not isinstance(expr, Read) or len(axes := axes_of(expr) & {"q_idx", "kv_idx"}) != 1:
+            return None
+        return Q_IDX if "q_idx" in axes else KV_IDX
+
+    return transform(part, position)
 
 
 _MOST_RANGES = 1 << 21  # of a table, all rows together

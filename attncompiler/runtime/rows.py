@@ -48,13 +48,10 @@ class Rows:
         else:
             out.copy_(self.put(x))
 
-    def take_vectors(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        """As `take`, each row times its gain [b, h, q_idx], in x's dtype."""
+    def take_vectors(self, x: Tensor) -> Tensor:
+        """As `take`, of x [b or 1, h or 1, q_idx, D]."""
         x = x.expand(*self.count.shape, *x.shape[2:])
-        if x.is_cuda:
-            return row_kernels.take_rows(x, self.index, self.count, gain)[0]
-        taken = self.take(x)
-        return taken if gain is None else (taken * self.take(gain)[..., None]).to(x.dtype)
+        return row_kernels.take_rows(x, self.index, self.count)[0] if x.is_cuda else self.take(x)
 
     def put_vectors(
         self, x: Tensor, lse_rows: Tensor, gain: Tensor | None = None, nan_if_empty: bool = False, heads_first: bool = True

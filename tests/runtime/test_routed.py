@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.codegen import portable
+from attncompiler.codegen.lowerable import parse_lowerable
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.text import to_line, to_text
@@ -110,7 +111,7 @@ def test_a_gain_that_is_computed_is_refused() -> None:
     p = routed_program("plain", "gated", 5, 5, 16, 16)
     text = to_text(p).replace("route   gate[b, q_idx, h]", "route   gate[b, q_idx, h] * 2.0")
     with pytest.raises(UnsupportedProgram, match="gain"):
-        compact_rows(verify(parse(text)), True)
+        parse_lowerable(to_line(verify(parse(text))))
 
 
 def test_the_compact_program() -> None:

@@ -12,8 +12,11 @@ import attncompiler
 from attncompiler import masks
 from attncompiler.dsl.attention import declare
 from attncompiler.explain import preview_site, trace
+from attncompiler.ir.expr import Expr
+from attncompiler.ir.text import expr_text, parse
 from attncompiler.masks import Mask
 from attncompiler.runtime import planning, prepared
+from attncompiler.runtime.planning import as_if_in_order
 from attncompiler.runtime.prepared import Prepared
 from attncompiler.tuning.target import TARGETS
 
@@ -140,3 +143,29 @@ def test_key_tiles_are_narrow_where_wide_ones_would_be_cut_through(mask: Mask, n
     with mock.patch.object(prepared, "target_of", lambda device: TARGETS["sm_90"]):
         schedule = Prepared(declared.program, operands, {}).schedule
     assert schedule.warp_roles and schedule.forward.block_n == (64 if narrow else 128)
+
+
+@pytest.mark.parametrize(
+    ("part", "guessed"),
+    [
+        ("kv_idx <= rows[b, h, q_idx]", "kv_idx <= q_idx"),
+        ("picked[b, kv_idx] <= q_idx", "kv_idx <= q_idx"),
+        ("document[q_idx] == document[kv_idx]", "document[q_idx] == document[kv_idx]"),
+    ],
+)
+def test_rows_by_list_go_in_the_order_of_positions(part: str, guessed: str) -> None:
+    """Long rows first; documents say nothing of how long a row is."""
+    assert expr_text(as_if_in_order(_predicate(part))) == guessed
+
+
+def _predicate(text: str) -> Expr:
+    read = [each for each in ("rows: i32[1, 2, 8]", "picked: i64[1, 8]", "document: i32[8]") if each.split(":")[0] in text]
+    vectors = ", ".join(f"{name}: f32[1, 2, 8, 16]" for name in "qkv")
+    p = parse(f"""attention
+      axes b=1, h=2, q_idx=8, kv_idx=8
+      read {vectors}, {read[0]}
+      score dot(q[b, h, q_idx], k[b, h, kv_idx])
+      keep {text} else zero
+      weigh softmax
+      sum v[b, h, kv_idx]""")
+    return p.keep.predicate

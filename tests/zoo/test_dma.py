@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import attncompiler
+from attncompiler.errors import OptionError
 from attncompiler.zoo import SELECTED, Size
 from attncompiler.zoo.dma import dma_attend, dma_attend_by_sdpa, dma_bias
 from attncompiler.zoo.system import bound
@@ -69,3 +70,9 @@ def test_gradients_of_views() -> None:
     torch._dynamo.reset()
     for ours, right in zip(results(torch.compile(plain, backend="attncompiler"), inputs), expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_no_selection_is_refused() -> None:
+    q = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(OptionError, match="select is 8"):
+        attncompiler.attention(q, q, q, select=8)  # type: ignore[arg-type]
