@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
-from attncompiler.ir.expr import KV_IDX, Q_IDX, ZERO, Expr, Kind, Read, axes_of, conj, conjuncts, reads_of, transform
+from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Expr, Kind, Read, axes_of, conj, conjuncts, reads_of, transform
 from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.grid import windows_of
 from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan
@@ -81,7 +81,14 @@ class Planner:
 
 def as_if_in_order(part: Expr) -> Expr:
     """Where a part of a mask compares a position with what is read at one, a position by list as if all were listed."""
-    if not axes_of(transform(part, lambda e: ZERO if isinstance(e, Read) else None)):
+    bare: list[Expr] = []
+
+    def outside_reads(expr: Expr) -> Expr | None:
+        bare.extend([expr] if isinstance(expr, Axis) else [])
+        return expr if isinstance(expr, Read) else None
+
+    transform(part, outside_reads)
+    if not bare:
         return part  # numbers of documents and the like are no positions
 
     def position(expr: Expr) -> Expr | None:
