@@ -156,14 +156,16 @@ class TilePlan:
 
 
 def _ranges(wanted: Tensor) -> TileRanges:
-    """Runs of True along the last axis, without waiting for the device: at most every other tile begins one."""
+    """Runs of True along the last axis, without waiting for a GPU: at most every other tile begins one."""
     rows = wanted.flatten(0, -2)
     tiles = rows.shape[1]
-    edge = torch.zeros(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
-    starts = rows & ~torch.cat([edge, rows[:, :-1]], 1)
-    stops = rows & ~torch.cat([rows[:, 1:], edge], 1)
+    padded = torch.nn.functional.pad(rows, (1, 1))
+    edges = padded[:, 1:] != padded[:, :-1]  # in turn the first tile of a run and the one after it
+    starts, stops = edges[:, :-1] & rows, edges[:, 1:] & rows
     count = starts.sum(1, dtype=torch.int32)
-    room = (tiles + 1) // 2 if rows.is_cuda else max(int(count.max()) if rows.shape[0] else 0, 1)
+    if not rows.is_cuda:
+        return TileRanges(count, *_listed(edges, count))
+    room = (tiles + 1) // 2
 
     def places(marks: Tensor, offset: int) -> Tensor:
         slot = torch.where(marks, marks.cumsum(1) - 1, room)
@@ -175,6 +177,20 @@ def _ranges(wanted: Tensor) -> TileRanges:
         )
 
     return TileRanges(count, places(starts, 0), places(stops, 1))
+
+
+def _listed(edges: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Begins and ends of runs, int32 [rows, most runs of a row], from where they are: with few runs, sooner than by looking at each
+    tile."""
+    row, tile = edges.nonzero(as_tuple=True)
+    runs = count.long()
+    first = runs.cumsum(0) - runs
+    row = row[::2]
+    slot = torch.arange(len(row)) - first[row]
+    room = max(int(count.max()) if len(count) else 0, 1)
+    begin, end = torch.zeros(2, len(count), room, dtype=torch.int32)
+    begin[row, slot], end[row, slot] = tile[::2].int(), tile[1::2].int()
+    return begin, end
 
 
 # ---------------------------------------------------------------------------------------------------------- building
@@ -199,11 +215,11 @@ def plan_boxes(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool = F
     rows, columns = math.prod(tiles.rows), math.prod(tiles.columns)
     coverage, origins = box_coverage(predicate, tokens, tiles, by_keys)
     plan = TilePlan.of_coverage(rows, columns, coverage[None, None])
-    other = choose_tiles(predicate, tokens, columns, rows, not by_keys)
-    return replace(
-        plan, origins=origins, dense_tiles=math.ceil(tokens / columns),
-        mirrored=lambda: plan_boxes(predicate, tokens, other, not by_keys),
-    )  # fmt: skip
+
+    def mirrored() -> TilePlan:
+        return plan_boxes(predicate, tokens, choose_tiles(predicate, tokens, columns, rows, not by_keys), not by_keys)
+
+    return replace(plan, origins=origins, dense_tiles=math.ceil(tokens / columns), mirrored=mirrored)
 
 
 def tiles_for(
