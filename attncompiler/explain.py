@@ -120,7 +120,9 @@ def preview_site(site: Site, target: Target | None = None) -> Preview:
     operands = dict(zip((decl.name for decl in site.program.tensors), map(outline, site.operands), strict=True))
     device = site.operands[0].node.meta["val"].device
     chosen = target or (target_of(device) if device.type == "cuda" else TARGETS["sm_90"])
-    return preview(site.program, hinted_sizes(site), operands, chosen)
+    pairs = zip(site.program.tensors, site.operands, strict=True)
+    known = {decl.name: operand.table for decl, operand in pairs if operand.table is not None}
+    return preview(site.program, hinted_sizes(site), operands, chosen, known)
 
 
 def outline(operand: Operand) -> Tensor:

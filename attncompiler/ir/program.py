@@ -61,11 +61,14 @@ class Dtype(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorDecl:
-    """An operand: `q: bf16[B, 8, M, 64]`. A size is a literal or the name of a run-time integer."""
+    """An operand: `q: bf16[B, 8, M, 64]`. A size is a literal or the name of a run-time integer.
+
+    `constant`, `ids: const.i32[4096]`: nobody ever writes to it, so what is found out about it may be kept."""
 
     name: str
     dtype: Dtype
     shape: tuple[Expr, ...]
+    constant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def header_text(kind: str, origin: Origin) -> str:
 
 def declarations_text(tensors: Sequence[TensorDecl]) -> str:
     """The body of a `read` clause."""
-    return ", ".join(f"{d.name}: {d.dtype.value}[{sizes_text(d.shape)}]" for d in tensors)
+    return ", ".join(f"{d.name}: {'const.' if d.constant else ''}{d.dtype.value}[{sizes_text(d.shape)}]" for d in tensors)
 
 
 def sizes_text(shape: tuple[Expr, ...]) -> str:
@@ -260,10 +260,13 @@ def declarations(text: str) -> tuple[TensorDecl, ...]:
     mapping = syntax("{" + text + "}")
     decls = []
     for key, spec in zip(mapping.keys, mapping.values, strict=True) if isinstance(mapping, ast.Dict) else ():
-        if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and isinstance(spec.value, ast.Name)):
-            raise ParseError(f"a tensor is declared as name: dtype[sizes], not {text!r}")
+        named = spec.value if isinstance(spec, ast.Subscript) else None
+        is_constant = isinstance(named, ast.Attribute) and isinstance(named.value, ast.Name) and named.value.id == "const"
+        if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and (is_constant or isinstance(named, ast.Name))):
+            raise ParseError(f"a tensor is declared as name: dtype[sizes] or name: const.dtype[sizes], not {text!r}")
+        dtype = named.attr if isinstance(named, ast.Attribute) else named.id if isinstance(named, ast.Name) else ""
         entries = spec.slice.elts if isinstance(spec.slice, ast.Tuple) else [spec.slice]
-        decls.append(TensorDecl(key.id, Dtype(spec.value.id), tuple(build(entry) for entry in entries)))
+        decls.append(TensorDecl(key.id, Dtype(dtype), tuple(build(entry) for entry in entries), is_constant))
     return tuple(decls)
 
 

@@ -1,4 +1,4 @@
-"""Rules of blocks that may explain dense masks [heads, M, N]: S2-Attention's stripes, and patterns of blocks."""
+"""Rules of blocks that may explain dense masks [heads, M, N]: S2-Attention's stripes, patterns of blocks; and masks of no rule."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def patterns(heads: Tensor, planes: Sequence[Plane]) -> Iterator[Rule]:
             block = Read("pattern", (*of_head, floordiv(Q_IDX, Const(size)), floordiv(KV_IDX, Const(size))))
             kept = conj(apply("le", KV_IDX, Q_IDX), block) if causal else block
             yield Rule(kept, {"pattern": pattern if of_head else pattern[0]})
+
+
+def copied(heads: Tensor) -> Iterator[Rule]:
+    """The mask itself, where enough tiles keep all of their pairs or none that a plan of them pays for the copy.
+
+    The copy has a byte for each pair, and nobody writes to it: so it is scanned for a plan once, not at each call."""
+    padded = torch.nn.functional.pad(heads.view(torch.uint8), (0, -heads.shape[2] % _TILE, 0, -heads.shape[1] % _TILE), value=2)
+    tiles = padded.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE))
+    some, every = (tiles == 1).any(4).any(2), (tiles != 0).all(4).all(2)
+    if min(some.shape[1:]) > 1 and float((every | ~some).double().mean()) >= _SETTLED:
+        of_head: tuple[Expr, ...] = (H,) if len(heads) > 1 else ()
+        kept = heads.clone(memory_format=torch.contiguous_format)
+        yield Rule(Read("mask", (*of_head, Q_IDX, KV_IDX)), {"mask": kept if of_head else kept[0]})
+
+
+_TILE = 64  # of queries, and of keys
+_SETTLED = 1 / 8  # of all tiles
 
 
 def _block_size(planes: Sequence[Plane], causal: bool) -> int:

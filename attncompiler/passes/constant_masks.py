@@ -106,7 +106,7 @@ def lift_constants(
         instead[read] = found[read.tensor, view].element(read)
     changed = each_clause(program, lambda clause: transform(clause, instead.get))
     made = [
-        TensorDecl(name, _TABLE_TYPES[table.dtype], tuple(Const(size) for size in table.shape))
+        TensorDecl(name, _TABLE_TYPES[table.dtype], tuple(Const(size) for size in table.shape), constant=True)
         for recovery in found.values()
         for name, table in recovery.tables.items()
     ]

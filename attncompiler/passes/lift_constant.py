@@ -1,4 +1,4 @@
-"""A dense mask -> the rule that keeps the same pairs, where one is known.
+"""A dense mask -> the rule that keeps the same pairs, where one is known; else, if tiles can be skipped by it, a copy of it.
 
 What `mask_rules.py` and `block_rules.py` guess from some rows is compared with every pair of the mask before it is believed.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.ir.expr import Const, Expr, H, apply, conj
-from attncompiler.passes.block_rules import patterns, stripes
+from attncompiler.passes.block_rules import copied, patterns, stripes
 from attncompiler.passes.mask_rules import Plane, Rule, holds, rules_of
 
 
@@ -27,7 +27,7 @@ def rule_of(mask: Tensor) -> Rule | None:
         heads = heads[:1]
     planes = [Plane(head.contiguous()) for head in heads]
     own = rules_of(planes[0]) if len(planes) == 1 else _rule_each(planes)
-    guesses = itertools.chain(own, stripes(heads, planes), patterns(heads, planes))
+    guesses = itertools.chain(own, stripes(heads, planes), patterns(heads, planes), copied(heads))
     plausible = (rule for rule in guesses if all(plane.looks_like(rule, head) for head, plane in enumerate(planes)))
     return next((rule for rule in plausible if holds(rule, heads)), None)
 

@@ -41,6 +41,11 @@ class Rule:
     predicate: Expr
     tables: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_copy(self) -> bool:
+        """True where it says no more than the mask does: it reads a number for each pair."""
+        return isinstance(self.predicate, Read) and {Q_IDX, KV_IDX} <= set(self.predicate.index)
+
     def on_rows(self, rows: Tensor, head: int, shape: tuple[int, int]) -> Tensor:
         """The mask's rows of one head, bool [rows, N]. `shape`: M, N."""
         at = {

@@ -40,6 +40,7 @@ from attncompiler.ir.expr import (
 )
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep, TensorDecl, kind_of
+from attncompiler.passes.constant_plans import ConstantPlans
 from attncompiler.passes.grid import ROWS, GridTiles, box_coverage, choose_tiles, rows_keep_some
 from attncompiler.passes.intervals import Tiles
 from attncompiler.passes.spans import Span, edges_decide, spans
@@ -70,6 +71,12 @@ class TileRanges:
     def of_rows(self, rows: Tensor) -> TileRanges:
         """Those of some rows."""
         return TileRanges(*(x.index_select(0, rows) for x in (self.count, self.begin, self.end)))
+
+    def widened(self, room: int) -> TileRanges:
+        """The same with room for so many runs in each row."""
+        missing = max(room - self.begin.shape[1], 0)
+        begin, end = (torch.nn.functional.pad(x, (0, missing)) for x in (self.begin, self.end))
+        return TileRanges(self.count, begin, end)
 
     def to(self, device: torch.device) -> TileRanges:
         """The same on another device."""
@@ -199,7 +206,8 @@ def _listed(edges: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 def build_plan(
     program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], block_q: int, block_kv: int
 ) -> TilePlan:
-    """The plan of a program on its operands' device; never waits for a GPU. Plans that read no tensor are remembered."""
+    """The plan of a program on its operands' device. Plans that read no tensor, or only constant ones, are remembered; the others
+    never wait for a GPU."""
     extents = extents_of(program, sizes)
     device = operands[program.sum.tensor].device
     predicate = with_sizes(program, sizes)
@@ -207,7 +215,19 @@ def build_plan(
     shape = tuple(extents[axis.name] for axis in AXES)
     if not reads_of(predicate):
         return _static_plan(keep, shape, block_q, block_kv, device)
-    return _plan(keep, operands, shape, block_q, block_kv, device)
+    if not is_fixed(program):
+        return _plan(keep, operands, shape, block_q, block_kv, device)
+    read = [operands[name] for name in dict.fromkeys(read.tensor for read in reads_of(predicate))]
+    what = keep, shape, block_q, block_kv, device
+    return _CONSTANT_PLANS.of(what, read, lambda: _plan(keep, operands, shape, block_q, block_kv, device))
+
+
+def is_fixed(program: Attention) -> bool:
+    """True where all that the predicate reads is constant: its plan depends on which tensors these are, not on the call."""
+    return all(program.decls[read.tensor].constant for read in reads_of(program.keep.predicate))
+
+
+_CONSTANT_PLANS: ConstantPlans[TilePlan] = ConstantPlans()
 
 
 def plan_boxes(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool = False) -> TilePlan:

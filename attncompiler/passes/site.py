@@ -64,6 +64,8 @@ class Recovered:
         shape = ", ".join(map(str, shape_of(self.node)))
         rule = expr_text(settled(self.recovery.lifted.kept, KV_IDX))
         how = "it is made of constants" if self.recipe.source is None else "checked at each call"
+        if self.recovery.lifted.rule.is_copy:
+            return f"no rule explains the constant mask {self.recovery.operand} [{shape}]: its tiles are planned once; {how}"
         return f"the constant mask {self.recovery.operand} [{shape}] is lifted to {rule}; {how}"
 
 

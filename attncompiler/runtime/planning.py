@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_ker
 from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Expr, Kind, Read, axes_of, conj, conjuncts, reads_of, transform
 from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.grid import windows_of
-from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan
+from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan, is_fixed
 from attncompiler.runtime.launch import Constants, Launch
 from attncompiler.tuning.schedule import KernelSchedule
 
 
 class Planner:
-    """Plans one kernel of a program. `is_static`: the plan reads no tensor and is made once."""
+    """Plans one kernel of a program. `is_static`: the plan reads no tensor and is made once; one of constant tensors is made once for
+    each that is given."""
 
     def __init__(
         self, program: Attention, sizes: Mapping[str, int], extents: Mapping[str, int], schedule: KernelSchedule, by_keys: bool,
@@ -31,8 +33,12 @@ class Planner:
         self._schedule, self._by_keys = schedule, by_keys
         self.is_static = bool(schedule.tiles) or not reads_of(program.keep.predicate)
         self._blocks = {"q_idx": schedule.block_m, "kv_idx": schedule.block_n}
-        self._on_device = not self.is_static and has_plan_kernel(program, self._blocks)
-        self._tables: Constants = {}
+        self._on_device = not is_fixed(program) and has_plan_kernel(program, self._blocks)
+        read = dict.fromkeys(read.tensor for read in reads_of(program.keep.predicate))
+        self._constants = tuple(read) if is_fixed(program) else ()
+        self._plan: TilePlan | None = None  # the last, and the memory of the constants that it was made of
+        self._memory: list[torch.UntypedStorage] = []
+        self._tables: WeakKeyDictionary[TilePlan, Constants] = WeakKeyDictionary()
         self._kernel: _PlanKernel | None = None
 
     def __call__(self, operands: Mapping[str, Tensor], raw: Mapping[str, Tensor], constants: Constants) -> Constants:
@@ -41,15 +47,24 @@ class Planner:
             if self._kernel is None:
                 self._kernel = self._plan_kernel(operands, raw, constants)
             return self._kernel(raw)
-        if not (self.is_static and self._tables):
-            plan = self._rows(self._program, operands)
+        if self.is_static:
+            self._plan = self._plan or self._rows(self._program, operands)
+            return self._tables_of(self._plan)
+        memory = [operands[name].untyped_storage() for name in self._constants]
+        if not self._constants or [storage.data_ptr() for storage in memory] != [storage.data_ptr() for storage in self._memory]:
+            self._plan, self._memory = self._rows(self._program, operands), memory
+        assert self._plan is not None
+        return {**self._tables_of(self._plan), "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
+
+    def _tables_of(self, plan: TilePlan) -> Constants:
+        if plan not in self._tables:
             order = _order(plan)
             full, partial, origins = plan.rows_in(order)
-            self._tables = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order}
-            self._tables |= {"Origins": origins, "Windows": self._windows()} if self._schedule.tiles else {}
-        if self.is_static:
-            return self._tables
-        return {**self._tables, "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
+            if not self.is_static:  # a launch remembers how wide the tables are
+                full, partial = (ranges.widened((plan.kv_tiles + 1) // 2) for ranges in (full, partial))
+            in_boxes = {"Origins": origins, "Windows": self._windows()} if self._schedule.tiles else {}
+            self._tables[plan] = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order, **in_boxes}
+        return self._tables[plan]
 
     def _windows(self) -> Tensor:
         predicate, tokens = self._program.keep.predicate, self._extents["q_idx"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -45,22 +46,20 @@ class Preview:
 
 def preview(
     program: Attention, sizes: Mapping[str, int], outlines: Mapping[str, Tensor], target: Target,
-    operands: Mapping[str, Tensor] | None = None, kept_pairs: int | None = None,
+    known: Mapping[str, Tensor] = MappingProxyType({}), kept_pairs: int | None = None,
 ) -> Preview:  # fmt: skip
-    """What runs of a program. `outlines`: its operands on the meta device. `operands`: those themselves, where they are known;
-    without them the parts of a mask that read tensors count as kept, and a note says so. `kept_pairs`: if these are counted."""
+    """What runs of a program. `outlines`: its operands on the meta device. `known`: what is known of them, on the CPU; the
+    parts of a mask that read others count as kept, and a note says so. `kept_pairs`: if these are counted."""
     if program.route != Route():  # at most: as if every head were on
         program = without_route(program)
         outlines = {decl.name: outlines[decl.name] for decl in program.tensors}
-        operands = None if operands is None else {decl.name: operands[decl.name] for decl in program.tensors}
     lists = gathered(program)
     if lists.gathers:
         outlines = lists.outlines(outlines, sizes)
-        operands = None if operands is None else lists.operands(operands, sizes)
         program = lists.program
     extents = extents_of(program, sizes)
     b, h, m, n = (extents[axis.name] for axis in AXES)
-    read = sorted({read.tensor for read in reads_of(program.keep.predicate)}) if operands is None else []
+    read = sorted({read.tensor for read in reads_of(program.keep.predicate)} - known.keys())
     notes = (f"at most: what {', '.join(read)} skips is found at run time",) if read else ()
     has_kernels = not unsupported(program)
     start = time.perf_counter()
@@ -69,16 +68,17 @@ def preview(
     if forward.tiles:
         plan = build_boxes(program, sizes, forward.tiles, False, torch.device("cpu"))
     else:
-        fixed = conj(*(part for part in conjuncts(program.keep.predicate) if operands is not None or not reads_of(part)))
+        given = {program.sum.tensor: torch.empty(0), **known}
+        parts = conjuncts(program.keep.predicate)
+        fixed = conj(*(part for part in parts if all(read.tensor in given for read in reads_of(part))))
         bounded = replace(program, keep=Keep(fixed, program.keep.empty))
-        given = operands or {program.sum.tensor: torch.empty(0)}
         plan = build_plan(bounded, given, sizes, forward.block_m, forward.block_n)
     build_ms = 1e3 * (time.perf_counter() - start)
     if min(b, h, m, n) == 0:
         return Preview(schedule, plan, None, notes, build_ms)
     predicate = with_sizes(program, sizes)
     if kept_pairs is None and not read:
-        kept_pairs = counted(predicate, operands or {}, (b, h, m, n))
+        kept_pairs = counted(predicate, known, (b, h, m, n))
     channels = program.value.shape[-1]
     shape = b, h, m, n, int(channels.value) if isinstance(channels, Const) else 64
     strides = full_strides(predicate, m, forward.block_m, forward.block_n) if m == n else ()

@@ -81,8 +81,23 @@ def test_every_pair_counts() -> None:
     assert rule_of(kept) is not None
     for row, key in itertools.product((129, 254, 387), (0, 100, 400, 511)):
         kept[row, key] = ~kept[row, key]
-        assert rule_of(kept) is None
+        found = rule_of(kept)
+        assert found is not None and found.is_copy
         kept[row, key] = ~kept[row, key]
+
+
+def test_a_mask_of_no_rule_is_copied_where_tiles_can_be_skipped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    some = torch.rand(200, 300, generator=generator) < 0.5
+    assert rule_of(some) is None
+    some[:, :64] = False
+    found = rule_of(some)
+    assert found is not None and found.is_copy and holds(found, some[None])
+    some[199, 299] = ~some[199, 299]
+    assert not holds(found, some[None]), "whoever writes to the mask does not write to the copy"
+    of_heads = torch.stack([some, ~some])
+    found = rule_of(of_heads)
+    assert found is not None and found.is_copy and holds(found, of_heads)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 3), (4, 4), (6, 6), (12, 12), (5, 16), (2, 6, 6), (3, 4, 4)])

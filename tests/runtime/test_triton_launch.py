@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from attncompiler.ir import parse, verify
 from attncompiler.ir.text import to_text
 from attncompiler.runtime import triton_launch
-from tests.programs import PROGRAMS, SIZES, judge, operands, program
+from tests.programs import PROGRAMS, SIZES, judge, judge_on, operands, program
 
 
 @pytest.fixture
@@ -122,6 +122,28 @@ def test_the_scores_of_one_key_have_no_gradient(dtype: str, device: str) -> None
     wanted = ["q", "k"] if device == "cuda" else ["q"]  # numpy sums the products of transposed tiles in another order
     found = triton_launch.backward(p, made, {}, o, lse, rcp, grad_o, None, frozenset(wanted))
     assert all(found[name].count_nonzero() == 0 for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_constant_masks(dtype: str, device: str) -> None:
+    """Their plan is kept, and never taken for that of another mask of the same program."""
+    p = verify(
+        parse(f"""attention
+      axes b=1, h=2, q_idx=130, kv_idx=200
+      read q: {dtype}[1, 2, 130, 64], k: {dtype}[1, 2, 200, 64], v: {dtype}[1, 2, 200, 64], mask: const.bool[130, 200]
+      score dot(q[b, h, q_idx], k[b, h, kv_idx]) * 0.25
+      keep mask[q_idx, kv_idx] else zero
+      weigh softmax
+      sum v[b, h, kv_idx]
+    """)
+    )
+    made = operands(p, device)
+    query, key = torch.arange(130, device=device)[:, None], torch.arange(200, device=device)
+    for mask in (query // 64 == key // 64, query // 64 != key // 64, query // 64 == key // 64):
+        judge_on(triton_launch, p, made | {"mask": mask & made["mask"]})
 
 
 @pytest.mark.gpu
