@@ -3,6 +3,7 @@
     python benchmarks/gpu_session.py check              correctness on this GPU, small and odd sizes
     python benchmarks/gpu_session.py schedules          times of candidate schedules (causal and full)
     python benchmarks/gpu_session.py bench              ours beside flex, cuDNN and FlashAttention-2
+    python benchmarks/gpu_session.py plans              plans that are made on the device, to 1048576 tokens
     --sizes N16384,H16,D128   --out FILE.md
 
 TFLOP/s count the kept pairs only; a backward counts 2.5 forwards. Medians of `triton.testing.do_bench`, interleaved with the peers.
@@ -11,6 +12,7 @@ TFLOP/s count the kept pairs only; a backward counts 2.5 forwards. Medians of `t
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -26,6 +28,7 @@ from attncompiler.ir import Attention, interpret, parse, verify
 from attncompiler.ir.text import to_line
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
 from attncompiler.runtime import prepared, scheduling, triton_launch
+from attncompiler.runtime.planning import Planner
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
 
 
@@ -378,6 +381,25 @@ def host_time() -> list[str]:
     return [f"{name}: {_microseconds(run):.1f} us a call" for name, run in runs.items()]
 
 
+def plan_time() -> list[str]:
+    """Milliseconds of a plan that is made on the device: causal documents, one head, forward and backward for keys."""
+    lines = []
+    for n in (16384, 131072, 1048576):
+        case = next(case for case in cases(n, 1, 128) if case.name == "document-causal")
+        made = operands_of(case, n, 1, 128)
+        call = prepared.prepare(case.ours, made, {})
+        raw = call.raw(made)
+        times = []
+        for by_keys, schedule in ((False, call.schedule.forward), (True, call.schedule.backward_keys)):
+            planner = Planner(case.ours, {}, call.extents, schedule, by_keys, call.device)
+            tables = planner(made, raw, call.constants)
+            size = sum(t.numel() * t.element_size() for t in tables.values() if isinstance(t, Tensor)) / 2**20
+            taken = milliseconds(functools.partial(planner, made, raw, call.constants))
+            times.append(f"{taken:.3f} ms, {size:.1f} MiB of tables")
+        lines.append(f"{n} tokens: {times[0]}; by keys {times[1]}")
+    return lines
+
+
 def _microseconds(run: Callable[[], object], calls: int = 500) -> float:
     for _ in range(20):
         run()
@@ -426,7 +448,7 @@ def compile_time() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["check", "schedules", "bench", "host", "compile"])
+    parser.add_argument("what", nargs="+", choices=["check", "schedules", "bench", "host", "compile", "plans"])
     parser.add_argument("--n", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--d", type=int, default=128)
@@ -444,6 +466,8 @@ def main() -> int:
         print(f"{failures} checks failed")
     if "host" in arguments.what:
         rows += host_time()
+    if "plans" in arguments.what:
+        rows += plan_time()
     if "compile" in arguments.what:
         rows += compile_time()
     if "schedules" in arguments.what:

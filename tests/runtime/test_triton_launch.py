@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from attncompiler.ir import parse, verify
@@ -144,6 +145,38 @@ def test_constant_masks(dtype: str, device: str) -> None:
     query, key = torch.arange(130, device=device)[:, None], torch.arange(200, device=device)
     for mask in (query // 64 == key // 64, query // 64 != key // 64, query // 64 == key // 64):
         judge_on(triton_launch, p, made | {"mask": mask & made["mask"]})
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_plans_anew() -> None:
+    """The plan of documents is part of what a CUDA graph replays: nothing of it is made on the host."""
+    p = verify(
+        parse("""attention
+      axes b=1, h=4, q_idx=1000, kv_idx=1000
+      read q: bf16[1, 4, 1000, 64], k: bf16[1, 4, 1000, 64], v: bf16[1, 4, 1000, 64], doc: i32[1000]
+      score dot(q[b, h, q_idx], k[b, h, kv_idx]) * 0.125
+      keep (kv_idx <= q_idx) & (doc[q_idx] == doc[kv_idx]) else nan
+      weigh softmax
+      sum v[b, h, kv_idx]
+    """)
+    )
+    made = operands(p, "cuda")
+    grads = torch.randn(1, 4, 1000, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(1, 4, 1000, device="cuda")
+
+    def run() -> list[Tensor]:
+        o, lse, rcp = triton_launch.forward(p, made, {})
+        return [o, *triton_launch.backward(p, made, {}, o, lse, rcp, *grads, frozenset("qkv")).values()]
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for length in (1000, 130, 7):
+        made["doc"].copy_(torch.arange(1000, device="cuda") // length)
+        graph.replay()
+        for ours, expected in zip(captured, run(), strict=True):
+            assert torch.equal(ours, expected)
 
 
 @pytest.mark.gpu
