@@ -13,7 +13,6 @@ from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import (
     KV_IDX,
     Q_IDX,
-    TRUE,
     Apply,
     Axis,
     Const,
@@ -21,14 +20,12 @@ from attncompiler.ir.expr import (
     Expr,
     Read,
     axes_of,
-    conj,
     dots_of,
     reads_of,
-    with_axis_alone,
 )
-from attncompiler.ir.program import Attention, Dtype, Empty
-from attncompiler.passes.grid import grid_rule, split_axis
-from attncompiler.passes.plan import keeps_only_keys, score_where_kept
+from attncompiler.ir.program import Attention, Dtype
+from attncompiler.passes.grid import split_axis
+from attncompiler.passes.plan import score_where_kept
 from attncompiler.tuning.schedule import Schedule
 
 LOG2E = math.log2(math.e)
@@ -228,31 +225,6 @@ class Emission:
             self.helpers.add("to_natural")
             return f"to_natural({text})"
         return f"({text}) * {math.log(2)!r}"
-
-    def mask_lines(self, names: Names, kernel: str) -> str:
-        """What makes the scores of a partial tile -inf outside `keep` and outside the tensors."""
-        keep, axes = self.program.keep, self.program.axes
-        tests = [f"({names.axis('kv_idx')} < N)"]
-        if self.schedule.of(kernel).tiles:
-            return self._grid_mask_lines(names, kernel)
-        if keep.predicate != TRUE and keep.empty is not Empty.SCORE:
-            ends = self.whole_key_tiles(kernel) or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
-            tests = [triton(with_axis_alone(keep.predicate, KV_IDX), names), *([] if ends else tests)]
-        return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))'
-
-    def _grid_mask_lines(self, names: Names, kernel: str) -> str:
-        """The same in a grid: a window along each axis, then what else the predicate demands. Windows lie within the grid."""
-        predicate = self.program.keep.predicate
-        stays, moves = sorted(self.positions(kernel), key=lambda positions: positions.moves)
-        rule = grid_rule(predicate, math.prod(axis.length for axis in stays.tiles.axes))
-        assert rule is not None
-        tests = stays.window_tests(moves, names.along) if self.program.keep.empty is not Empty.SCORE else []
-        others = conj(rule.across, rule.rest) if self.program.keep.empty is not Empty.SCORE else TRUE
-        tests += [triton(with_axis_alone(others, KV_IDX), names)] if others != TRUE else []
-        keys_may_stick_out = moves.axis == KV_IDX and not moves.tiles.inside
-        if keys_may_stick_out and not (tests and all(axis.has_window for axis in moves.tiles.axes)):
-            tests.append(f"({names.axis('kv_idx')} < N)")
-        return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))' if tests else ""
 
     def element_reads(self, extra: bool) -> list[Read]:
         """Single elements that scores, predicate and factors read; those of extra scores too if `extra`."""

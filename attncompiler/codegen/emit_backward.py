@@ -14,6 +14,7 @@ from attncompiler.codegen.emission import (
     tag,
     visit_ranges,
 )
+from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import Names, number, triton
 from attncompiler.ir.derivative import derivative
@@ -101,7 +102,7 @@ def _recomputed(e: Emission, kernel: str, outer: Names, masked: bool) -> tuple[N
     names = e.names(kernel, frozenset({"q_idx", "kv_idx"}))
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
-    mask = e.mask_lines(names, kernel) if masked else ""
+    mask = kept_scores(e, names, kernel) if masked else ""
     loads = list(names.lines)
     names.lines.clear()
     return names, score, scale, mask, loads

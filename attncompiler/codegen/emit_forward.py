@@ -7,6 +7,7 @@ from attncompiler.codegen.emission import (
     parameters_of,
     visit_ranges,
 )
+from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import Names, triton
 from attncompiler.ir.expr import ONE
@@ -56,7 +57,7 @@ def _loop(e: Emission, outer: Names, masked: bool) -> str:
     _, where = e.positions(KERNEL)
     names.loaded = dict(outer.loaded)
     score, scale = e.score(masked, names)
-    mask = e.mask_lines(names, KERNEL) if masked else ""
+    mask = kept_scores(e, names, KERNEL) if masked else ""
     adjust, weights, value = "", "p", e.value.name
     before_adjust = len(names.lines)
     if e.program.adjust != ONE:

@@ -15,6 +15,7 @@ from attncompiler.codegen.hopper import (
     row_holes,
     with_literals,
 )
+from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import pointer_name, triton
 from attncompiler.ir.expr import Q_IDX, Expr
@@ -98,5 +99,5 @@ def _scores(e: Emission, loaded: dict[Expr, str], masked: bool) -> tuple[str, st
     names.loaded = dict(loaded)
     names.tiles = {} if e.schedule.forward.tiles else {"kv_idx": ("kv_start", "keys")}
     score, scale = e.score(masked, names)
-    mask = e.mask_lines(names, KERNEL) if masked else ""
+    mask = kept_scores(e, names, KERNEL) if masked else ""
     return "\n".join(names.lines), "\n".join([f"scores = {score}", *([mask] if mask else [])]), scale

@@ -15,6 +15,7 @@ from attncompiler.codegen.hopper import (
     row_holes,
     with_literals,
 )
+from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import Names, pointer_name
 from attncompiler.ir.expr import KV_IDX, Q_IDX, Dot, Expr, Read
@@ -155,7 +156,7 @@ class _Side:
     def _weights(self, names: Names, masked: bool) -> str:
         """What makes the weights of a tile from its products."""
         score, scale = self.e.score(masked, names)
-        mask = self.e.mask_lines(names, self.kernel) if masked else ""
+        mask = kept_scores(self.e, names, self.kernel) if masked else ""
         scores = "\n".join(filter(None, [f"scores = {score}", mask]))
         return fill(hopper_backward.WEIGHTS, scores=scores, scale=scale, along=self.along)
 

@@ -11,6 +11,20 @@ from attncompiler.passes.grid import NAMES, GridAxis, GridTiles, coordinate, coo
 
 
 @dataclass(frozen=True)
+class Window:
+    """A test: `first` <= `place` < `last`, as source over a tile; `side`: how many places a tile has along this axis."""
+
+    place: str
+    first: str
+    last: str
+    side: int
+
+    @property
+    def text(self) -> str:
+        return f"({self.place} >= {self.first}) & ({self.place} < {self.last})"
+
+
+@dataclass(frozen=True)
 class TilePositions:
     """How a kernel finds the tokens of its tiles along `axis`. `moves`: these tiles come one after the other, from an origin that
     the plan gives for each row; else there is one for each program."""
@@ -119,13 +133,17 @@ class TilePositions:
             lines += [f"{name}_first = tl.load({at}{guard})", f"{name}_last = tl.load({at} + 1{guard})"]
         return "\n".join(lines)
 
-    def window_tests(self, moving: TilePositions, along: Callable[[str], str]) -> list[str]:
-        """Whether a token of the side that moves lies in the windows of one that stays. `along` lays a vector across a tile."""
-        tests = []
-        for letter, _, _ in self._windows:
-            mine, theirs = f"{self._stem}_{letter}", f"{moving._stem}_{letter}{along(moving.axis.name)}"
-            tests += [f"({theirs} {op} {mine}_{end}{along(self.axis.name)})" for op, end in ((">=", "first"), ("<", "last"))]
-        return tests
+    def windows(self, moving: TilePositions, along: Callable[[str], str]) -> list[Window]:
+        """Where a token of the side that moves lies in the windows of one that stays. `along` lays a vector across a tile."""
+        found = []
+        for (letter, _, _), side in zip(self._windows, self._window_sides, strict=True):
+            first, last = (f"{self._stem}_{letter}_{end}{along(self.axis.name)}" for end in ("first", "last"))
+            found.append(Window(f"{moving._stem}_{letter}{along(moving.axis.name)}", first, last, side))
+        return found
+
+    @property
+    def _window_sides(self) -> list[int]:
+        return [axis.columns for axis in self.tiles.axes if axis.has_window]
 
     @property
     def origins(self) -> str:

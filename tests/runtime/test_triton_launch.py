@@ -179,10 +179,20 @@ def test_a_captured_graph_plans_anew() -> None:
             assert torch.equal(ours, expected)
 
 
+LARGE = ((257, 300, 80, 48), (257, 300, 64, 64), (130, 200, 128, 128), (1, 129, 128, 128))
+
+
+def _covering() -> list[tuple[tuple[int, int, int, int], str, bool, str]]:
+    """Every program in every type, dense and strided; the sizes rotate."""
+    return [
+        (LARGE[(place + of_type + 2 * strided) % len(LARGE)], name, strided, dtype)
+        for place, name in enumerate(PROGRAMS)
+        for of_type, dtype in enumerate(("f32", "bf16", "f16"))
+        for strided in (False, True)
+    ]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("sizes", [(257, 300, 80, 48), (257, 300, 64, 64), (130, 200, 128, 128), (1, 129, 128, 128)], ids=str)
+@pytest.mark.parametrize(("sizes", "name", "strided", "dtype"), _covering(), ids=str)
 def test_on_the_gpu(sizes: tuple[int, int, int, int], name: str, strided: bool, dtype: str) -> None:
     judge(triton_launch, program(name, *sizes, dtype), "cuda", strided)

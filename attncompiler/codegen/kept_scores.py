@@ -1,0 +1,162 @@
+"""What makes the scores of a partial tile -inf outside `keep` and outside the tensors.
+
+In plain Triton that is a `where` of all tests. On Hopper it is what a masked tile spends most instructions on, beside its
+exponentials: LLVM makes vectors of the truth values, packs them into bits and takes these apart again, and no longer joins the scale
+and the subtraction of the maximum. There comparisons of integers go into one short piece of assembly, a comparison each and one
+selection, and what a box tests along its axes is one comparison: a window is a difference without sign, and the tests along the
+other axes, of which a thread has few, empty it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attncompiler.codegen.emission import Emission
+from attncompiler.codegen.positions import Window
+from attncompiler.codegen.triton_expr import Names, triton
+from attncompiler.ir.expr import KV_IDX, TRUE, Apply, Axis, Const, Expr, Read, conj, conjuncts, sub, walk, with_axis_alone
+from attncompiler.ir.program import Dtype, Empty
+from attncompiler.passes.grid import grid_rule
+from attncompiler.passes.plan import keeps_only_keys
+
+_ORDERS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A test of 32-bit integers, as source over a tile."""
+
+    left: str
+    op: str
+    right: str
+    signed: bool = True
+
+    @property
+    def text(self) -> str:
+        return f"({self.left} {_ORDERS[self.op]} {self.right})"
+
+    @property
+    def assembly(self) -> str:
+        return f"{self.op}.{'s32' if self.signed else 'u32'}" if self.op not in ("eq", "ne") else f"{self.op}.s32"
+
+
+def kept_scores(e: Emission, names: Names, kernel: str) -> str:
+    """Lines that change `scores`, the tile of one kernel; "" where nothing of it can lie outside."""
+    windows: Sequence[Window] = ()
+    if e.schedule.of(kernel).tiles:
+        windows, parts, end = _in_grid(e, names, kernel)
+    else:
+        parts, end = _in_a_row(e, kernel)
+    in_assembly = e.has_warp_roles(kernel)
+    comparisons, others = [], []
+    for part in parts:
+        if in_assembly and _is_comparison(part, e):
+            assert isinstance(part, Apply)
+            left, right = (triton(arg, names) for arg in part.args)
+            comparisons.append(_Comparison(left, part.op, right))
+        else:
+            others.append(triton(part, names))
+    if end:
+        comparisons.append(_Comparison(names.axis("kv_idx"), "lt", "N"))
+    if not in_assembly:
+        tests = [*(window.text for window in windows), *others, *(comparison.text for comparison in comparisons)]
+        return _where(tests)
+    comparisons += _in_one(windows)
+    return "\n".join(filter(None, [_where(others), _selected(comparisons)]))
+
+
+def _where(tests: Sequence[str]) -> str:
+    return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))' if tests else ""
+
+
+def _selected(comparisons: Sequence[_Comparison]) -> str:
+    """The scores where all comparisons hold."""
+    if not comparisons:
+        return ""
+    steps = []
+    for place, comparison in enumerate(comparisons):
+        joined, rest = (".and", ", p") if place else ("", "")
+        order, kind = comparison.assembly.split(".")
+        steps.append(f"setp.{order}{joined}.{kind} p, ${2 * place + 1}, ${2 * place + 2}{rest};")
+    count = 2 * len(comparisons)
+    assembly = f"{{ .reg .pred p; {' '.join(steps)} selp.f32 $0, ${count + 1}, 0fFF800000, p; }}"
+    constraints = ",".join(["=f", *["r"] * count, "f"])
+    sides = ", ".join(side for comparison in comparisons for side in (comparison.left, comparison.right))
+    return (
+        f'scores = tl.inline_asm_elementwise("{assembly}", "{constraints}", [{sides}, scores], dtype=tl.float32, '
+        "is_pure=True, pack=1)"
+    )
+
+
+def _in_one(windows: Sequence[Window]) -> list[_Comparison]:
+    """All windows as one comparison, along the axis of which a thread has most places."""
+    if not windows:
+        return []
+    widest = max(windows, key=lambda window: window.side)
+    length = f"({widest.last} - {widest.first})"
+    others = " & ".join(window.text for window in windows if window is not widest)
+    return [
+        _Comparison(f"({widest.place} - {widest.first})", "lt", f"tl.where({others}, {length}, 0)" if others else length, False)
+    ]
+
+
+def _in_a_row(e: Emission, kernel: str) -> tuple[tuple[Expr, ...], bool]:
+    """The parts of the predicate; and whether the end of the keys is to be looked at."""
+    keep, axes = e.program.keep, e.program.axes
+    if keep.predicate == TRUE or keep.empty is Empty.SCORE:
+        return (), True
+    ends = e.whole_key_tiles(kernel) or keeps_only_keys(keep.predicate, axes.q_idx, axes.kv_idx)
+    return conjuncts(with_axis_alone(keep.predicate, KV_IDX)), not ends
+
+
+def _in_grid(e: Emission, names: Names, kernel: str) -> tuple[Sequence[Window], tuple[Expr, ...], bool]:
+    """The same in a grid: a window along each axis, then what else the predicate demands. Windows lie within the grid."""
+    predicate = e.program.keep.predicate
+    stays, moves = sorted(e.positions(kernel), key=lambda positions: positions.moves)
+    rule = grid_rule(predicate, math.prod(axis.length for axis in stays.tiles.axes))
+    assert rule is not None
+    is_finite = e.program.keep.empty is Empty.SCORE
+    windows = [] if is_finite else stays.windows(moves, names.along)
+    others = TRUE if is_finite else with_axis_alone(conj(rule.across, rule.rest), KV_IDX)
+    parts = tuple(_apart(part) for part in conjuncts(others)) if others != TRUE else ()
+    keys_may_stick_out = moves.axis == KV_IDX and not moves.tiles.inside
+    tested = (windows or parts) and all(axis.has_window for axis in moves.tiles.axes)
+    return windows, parts, keys_may_stick_out and not tested
+
+
+def _apart(part: Expr) -> Expr:
+    """dy * dy + dx * dx < 256 as dy * dy < 256 - dx * dx: of each side a thread has few values."""
+    if not (isinstance(part, Apply) and part.op in ("lt", "le", "gt", "ge")):
+        return part
+    total, limit = part.args
+    if not (isinstance(total, Apply) and total.op == "add"):
+        return part
+    one, other = total.args
+    if not (_places(one) and _places(other)) or _places(one) & _places(other):
+        return part
+    return Apply(part.op, (one, sub(limit, other)))
+
+
+def _places(expr: Expr) -> frozenset[str]:
+    """The axes of the grid that an expression of coordinates speaks of."""
+    return frozenset(node.name.rpartition("_")[2] for node in walk(expr) if isinstance(node, Axis))
+
+
+_INTEGER = {"add", "sub", "mul", "neg", "minimum", "maximum", "abs", "floordiv", "mod"}
+
+
+def _is_comparison(part: Expr, e: Emission) -> bool:
+    """True for a comparison of what kernels compute in 32-bit integers."""
+    return isinstance(part, Apply) and part.op in _ORDERS and all(_is_int32(arg, e) for arg in part.args)
+
+
+def _is_int32(expr: Expr, e: Emission) -> bool:
+    if isinstance(expr, Const):
+        return isinstance(expr.value, int) and not isinstance(expr.value, bool) and abs(expr.value) < 1 << 31
+    if isinstance(expr, Read):
+        return e.program.decls[expr.tensor].dtype is Dtype.I32
+    if isinstance(expr, Apply):
+        return expr.op in _INTEGER and all(_is_int32(arg, e) for arg in expr.args)
+    return isinstance(expr, Axis)
