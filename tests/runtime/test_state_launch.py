@@ -17,6 +17,8 @@ from tests.states import STATES, judge, operands, recurrence, state
 
 WITH_KERNELS = [name for name in STATES if not unsupported(recurrence(name, 5, 16, 16))]
 SIZES = [(1, 16, 16), (33, 8, 40), (45, 32, 16)]  # steps, features, channels
+ON_DEVICE = [(1, 16, 16), (129, 64, 64), (1000, 128, 128), (700, 40, 200), (1500, 64, 128)]
+DTYPES = ["bf16", "f16", "f32"]
 SMALL = StateSchedule(ChunkSchedule(16, 16, 4, 1), ChunkSchedule(16, 16, 4, 1), "ieee")
 
 
@@ -65,10 +67,18 @@ def _moved(tensor: Tensor) -> Tensor:
     return moved.copy_(tensor)
 
 
+def _covering() -> list[tuple[str, tuple[int, int, int], str]]:
+    """Every program in every type, and every size in every type; the sizes rotate."""
+    every = len(ON_DEVICE)
+    return [
+        (name, ON_DEVICE[(place + 2 * of_type) % every], dtype)
+        for place, name in enumerate(WITH_KERNELS)
+        for of_type, dtype in enumerate(DTYPES)
+    ]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
-@pytest.mark.parametrize("name", WITH_KERNELS)
-@pytest.mark.parametrize("sizes", [(1, 16, 16), (129, 64, 64), (1000, 128, 128), (700, 40, 200), (1500, 64, 128)], ids=str)
+@pytest.mark.parametrize(("name", "sizes", "dtype"), _covering(), ids=str)
 def test_on_device(name: str, sizes: tuple[int, int, int], dtype: str) -> None:
     judge(_OnDevice("on_device"), state(name, *sizes, dtype), strided=sizes[0] == 129)
 
