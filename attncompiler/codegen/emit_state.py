@@ -191,12 +191,15 @@ def state_source(recurrence: Recurrence, target: Target) -> str:
 
 
 def _source(recurrence: Recurrence, target: Target) -> str:
+    return emit_state(recurrence, *shown_choice(recurrence, target))
+
+
+def shown_choice(recurrence: Recurrence, target: Target) -> tuple[StateSchedule, StateLayout]:
+    """What a recurrence is shown with: the schedule of a target, and operands as `state_source` has them."""
     c, d = channels_of(recurrence)
     dtype = recurrence.program.decls[recurrence.query.tensor].dtype
     of_decay = recurrence.decays is not Decays.NEVER
     schedule = choose_state_schedule(max(c, d), 4 if dtype is Dtype.F32 else 2, target)
     factored = factored_log(recurrence)
-    layout = StateLayout(
-        static_groups(recurrence), True, bool(recurrence.start), False, of_decay, log_factor=factored[0] if factored else 1.0
-    )
-    return emit_state(recurrence, schedule, layout)
+    factor = factored[0] if factored else 1.0
+    return schedule, StateLayout(static_groups(recurrence), True, bool(recurrence.start), False, of_decay, log_factor=factor)
