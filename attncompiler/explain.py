@@ -13,7 +13,6 @@ from torch.fx import GraphModule, Node
 from attncompiler.backend import compile_or_leave
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
-from attncompiler.declared_state import declared_states
 from attncompiler.explanation import Explanation, Missed, Region
 from attncompiler.ir.expr import TRUE
 from attncompiler.ir.phase_text import program_text
@@ -23,12 +22,11 @@ from attncompiler.passes.lift_mask import weak_mask
 from attncompiler.passes.nodes import Operand
 from attncompiler.passes.site import Site
 from attncompiler.passes.sizes import Extent
-from attncompiler.passes.state_site import StateSite
 from attncompiler.runtime.lowering import in_kernels, unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
-from attncompiler.state_region import state_region
+from attncompiler.state_region import StateUse, declared_uses, region_of_state, use_of_site
 from attncompiler.tuning.schedule import Schedule
 from attncompiler.tuning.strides import strides_text
 from attncompiler.tuning.target import TARGETS, Target
@@ -39,21 +37,21 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     `f` may be a function, a module, or either of them compiled already. Raises: what `f` itself raises."""
     sites, states, explanation = _traced(f, args, kwargs)
-    return replace(explanation, regions=(*map(_region, sites), *map(state_region, states), *explanation.regions))
+    return replace(explanation, regions=(*map(_region, sites), *map(region_of_state, states)))
 
 
-def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site], Explanation]:
-    """The softmax attentions of `f`, and its explanation, in which they have no regions yet."""
-    sites, _, explanation = _traced(f, args, kwargs)
-    return sites, explanation
+def trace(f: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[Site], list[StateUse]]:
+    """The softmax attentions of `f`, and its linear ones."""
+    sites, states, _ = _traced(f, args, kwargs)
+    return sites, states
 
 
 def _traced(
     f: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[list[Site], list[StateSite], Explanation]:
+) -> tuple[list[Site], list[StateUse], Explanation]:
     sites: list[Site] = []
-    states: list[StateSite] = []
-    declared: list[Region] = []
+    states: list[StateUse] = []
+    declared: list[StateUse] = []
     missed: list[Missed] = []
     graphs = 0
 
@@ -62,9 +60,9 @@ def _traced(
         graphs += 1
         compiled = compile_or_leave(module, inputs)
         sites.extend(compiled.sites)
-        states.extend(compiled.states)
+        states.extend(map(use_of_site, compiled.states))
         missed.extend(compiled.missed)
-        declared.extend(declared_states(module))
+        declared.extend(declared_uses(module))
         return module.forward
 
     original = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", f))
@@ -73,7 +71,7 @@ def _traced(
         torch.compile(original, backend=record)(*args, **kwargs)
     after = torch._dynamo.utils.counters["graph_break"]
     new_breaks = tuple(reason for reason, count in after.items() if count > breaks.get(reason, 0))
-    return sites, states, Explanation(tuple(declared), tuple(missed), graphs, new_breaks)
+    return sites, [*states, *declared], Explanation((), tuple(missed), graphs, new_breaks)
 
 
 def _region(site: Site) -> Region:

@@ -3,7 +3,9 @@
     python benchmarks/gpu_state.py [--schedules]
 
 Errors are checked first, on a small size against float64: no time is printed beside a red one. The floor reads q, k and v once and
-writes O once (backward: reads q, k, v and dO, writes three gradients) at 3.35 TB/s. `--schedules` times other ways to cut the walk.
+writes O once (backward: reads q, k, v and dO, writes three gradients) at 3.35 TB/s. `device`: replay of a captured graph, which has no
+part of the host; the backward's is that of both less that of the forward. Each kernel by itself is from torch's profiler.
+`--schedules` times other ways to cut the walk.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from attncompiler import linear_attention
-from attncompiler.runtime import state_launch
+from attncompiler.runtime import state_call
 from attncompiler.tuning import state_schedule
 from attncompiler.tuning.state_schedule import ChunkSchedule, StateSchedule
 
@@ -69,11 +71,60 @@ def timed(b: int, h: int, n: int, d: int) -> tuple[float, float]:
     return forward, backward
 
 
+def on_device(b: int, h: int, n: int, d: int) -> tuple[float, float]:
+    """Milliseconds of the forward and of the backward without the host: captured, and played again."""
+    q, k, v, log = _inputs(b, h, n, d)
+    above = torch.randn_like(q)
+
+    def forward() -> None:
+        with torch.no_grad():
+            linear_attention(q, k, v, decay=log)
+
+    def both() -> None:
+        torch.autograd.grad(linear_attention(q, k, v, decay=log), (q, k, v), above)
+
+    times = []
+    for run in (forward, both):
+        run()  # compiles, which a capture can't
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        times.append(do_bench(graph.replay, return_mode="median"))
+        del graph
+    return times[0], times[1] - times[0]
+
+
+def kernels(b: int, h: int, n: int, d: int) -> None:
+    """Prints microseconds of each kernel of a forward and a backward by itself."""
+    q, k, v, log = _inputs(b, h, n, d)
+    above = torch.randn_like(q)
+
+    def both() -> None:
+        torch.autograd.grad(linear_attention(q, k, v, decay=log), (q, k, v), above)
+
+    both()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(10):
+            both()
+        torch.cuda.synchronize()
+    print(f"\nB{b} H{h} N{n} D{d}, each kernel, us:")
+    for event in sorted(profile.key_averages(), key=lambda e: -e.device_time_total):
+        print(f"  {event.key[:60]:60} {event.device_time_total / 10:9.1f} in {event.count / 10:.0f} launches")
+
+
 def table() -> None:
-    columns = f"{'B':>3} {'H':>3} {'N':>8} {'D':>4} {'fwd ms':>9} {'floor':>6} {'bwd ms':>9} {'floor':>6}"
+    columns = (
+        f"{'B':>3} {'H':>3} {'N':>8} {'D':>4} {'fwd ms':>9} {'device':>7} {'floor':>6} {'bwd ms':>9} {'device':>7} {'floor':>6}"
+    )
     print(f"{columns} {'fwd ns/token':>13} {'eager fwd':>10}")
     for b, h, n, d in CASES:
         forward, backward = timed(b, h, n, d)
+        alone = on_device(b, h, n, d)
         tensor_ms = 1e3 * 2 * b * h * n * d / _BYTES_PER_SECOND
         eager = "-"
         if b * h * n * n * 2 * 4 < 0.5 * torch.cuda.mem_get_info()[0]:
@@ -81,11 +132,13 @@ def table() -> None:
             with torch.no_grad():
                 eager = f"{do_bench(lambda: _dense(*inputs), return_mode='median'):.2f}"  # noqa: B023
         print(
-            f"{b:3} {h:3} {n:8} {d:4} {forward:9.3f} {4 * tensor_ms / forward:6.0%} "
-            f"{backward:9.3f} {7 * tensor_ms / backward:6.0%} "
+            f"{b:3} {h:3} {n:8} {d:4} {forward:9.3f} {alone[0]:7.3f} {4 * tensor_ms / forward:6.0%} "
+            f"{backward:9.3f} {alone[1]:7.3f} {7 * tensor_ms / backward:6.0%} "
             f"{1e6 * forward / (b * n):13.2f} {eager:>10}"
         )
         torch.cuda.empty_cache()
+    for case in CASES[:2]:
+        kernels(*case)
 
 
 def schedules() -> None:
@@ -102,9 +155,9 @@ def schedules() -> None:
                 return -(-n // wanted // state_schedule.SEGMENT_STEPS) * state_schedule.SEGMENT_STEPS
 
             with (
-                mock.patch.object(state_launch, "choose_state_schedule", lambda *_, chosen=chosen: chosen),
-                mock.patch.object(state_launch, "segment_length", cut),
-                mock.patch.object(state_launch, "_CALLS", {}),
+                mock.patch.object(state_call, "choose_state_schedule", lambda *_, chosen=chosen: chosen),
+                mock.patch.object(state_call, "segment_length", cut),
+                mock.patch.object(state_call, "_CALLS", {}),
             ):
                 try:
                     forward, backward = timed(*CASES[0])

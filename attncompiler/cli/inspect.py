@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tabulate import tabulate
@@ -13,39 +15,43 @@ from tabulate import tabulate
 from attncompiler.cli.page import page
 from attncompiler.cli.progress import steps
 from attncompiler.cli.subject import load
-from attncompiler.codegen.cross_compile import cross_compile, kernels_of
+from attncompiler.codegen.cross_compile import CompiledKernel, cross_compile, kernels_of
+from attncompiler.codegen.cross_compile_state import cross_compile_state
 from attncompiler.codegen.emission import Layout
+from attncompiler.codegen.emit_state import StateEmission, shown_choice, state_source
+from attncompiler.codegen.recurrence import Recurrence, undivided
 from attncompiler.errors import OptionError
 from attncompiler.explain import kernel_source, preview_site, trace
-from attncompiler.ir.program import Attention
+from attncompiler.ir.expr import ONE
+from attncompiler.ir.phase_text import work_text
 from attncompiler.ir.text import to_text
+from attncompiler.passes.site import Site
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.preview import Preview
 from attncompiler.runtime.triton_launch import static_groups
-from attncompiler.tuning.schedule import Schedule
-from attncompiler.tuning.target import target_named
+from attncompiler.state_region import StateUse
+from attncompiler.tuning.target import Target, target_named
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """One region: its program, what runs of it, and the generated source ("" where it has no GPU kernel, with the reason)."""
+    """One region: the user's line, its program as text, the generated source ("" where it has no GPU kernel, with the reason), each
+    of its kernels, to be compiled; and what runs of an attention."""
 
-    program: Attention
-    preview: Preview
+    line: str
+    text: str
     source: str
     reason: str
+    kernels: Sequence[Callable[[], CompiledKernel]]
+    preview: Preview | None = None
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 if the function has no region, or one without a kernel."""
     subject = load(arguments.subject, arguments.input)
-    sites, _ = trace(subject.call, *subject.args, **subject.kwargs)
-    regions = []
-    for site in sites:
-        reason = unsupported(site.program)
-        shown = preview_site(site, target_named(arguments.target))
-        source = "" if reason else kernel_source(site.program, shown.schedule)
-        regions.append(Inspected(site.program, shown, source, reason))
+    sites, states = trace(subject.call, *subject.args, **subject.kwargs)
+    target = target_named(arguments.target)
+    regions = [*(_attention(site, target) for site in sites), *(_state(use, target) for use in states)]
     if not regions:
         print("No attention found; `attncompiler explain` says why.", file=sys.stderr)
         return 1
@@ -60,26 +66,53 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.html).write_text(page(subject.name, regions))
         print(f"wrote {arguments.html}", file=sys.stderr)
     if arguments.show in ("source", "ir"):
-        texts = [
-            r.source or f"# no GPU kernel: {r.reason}\n" if arguments.show == "source" else to_text(r.program) for _, r in chosen
-        ]
+        texts = [r.source or f"# no GPU kernel: {r.reason}\n" if arguments.show == "source" else r.text for _, r in chosen]
         print(json.dumps(texts) if arguments.json else "\n".join(texts))
     else:
         _compiled(arguments, chosen)
     return 1 if any(r.reason for _, r in chosen) else 0
 
 
+def _attention(site: Site, target: Target) -> Inspected:
+    program, preview, reason = site.program, preview_site(site, target), unsupported(site.program)
+    line, text = program.origin.line, to_text(program)
+    if reason:
+        return Inspected(line, text, "", reason, (), preview)
+    schedule, layout = preview.schedule, Layout.of(static_groups(program), frozenset(program.differentiable))
+
+    def kernel(name: str) -> CompiledKernel:
+        (found,) = cross_compile(program, schedule, layout, target, [name])
+        return found
+
+    kernels = [partial(kernel, name) for name in kernels_of(program, schedule, layout)]
+    return Inspected(line, text, kernel_source(program, schedule), reason, kernels, preview)
+
+
+def _state(use: StateUse, target: Target) -> Inspected:
+    whole, reason = use.recurrence, use.reason
+    text = work_text(whole.program)
+    if reason:
+        return Inspected(use.line, text, "", reason, ())
+
+    def kernel(parts: Recurrence, name: str) -> CompiledKernel:
+        (found,) = cross_compile_state(parts, *shown_choice(parts, target), target, [name])
+        return found
+
+    kernels = []
+    for parts in (whole,) if whole.weigh == ONE else undivided(whole):
+        emission = StateEmission(parts, *shown_choice(parts, target))
+        kernels += [partial(kernel, parts, name) for name in (*emission.forward, *emission.backward)]
+    return Inspected(use.line, text, state_source(whole, target), reason, kernels)
+
+
 def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]) -> None:
     """The views that need machine code: list, resources, ptx, sass."""
-    rows, texts = [], []
-    target = target_named(arguments.target)
-    wanted = [(number, region, name) for number, region in chosen for name in _kernel_names(region)]
-    for number, region, name in steps(wanted, f"compiling for {target.name}"):
-        if region.reason:
-            rows.append([number, region.program.origin.line, f"none: {region.reason}"] + [""] * 5)
-            continue
-        (kernel,) = cross_compile(region.program, *_chosen(region), target, [name])
-        rows.append([number, region.program.origin.line, kernel.name, target.name, kernel.registers or "?", kernel.spills,
+    rows: list[list[object]] = [[number, r.line, f"none: {r.reason}"] + [""] * 5 for number, r in chosen if r.reason]
+    texts = [""] * len(rows)
+    wanted = [(number, region, kernel) for number, region in chosen for kernel in region.kernels]
+    for number, region, compile_ in steps(wanted, f"compiling for {arguments.target}"):
+        kernel = compile_()
+        rows.append([number, region.line, kernel.name, arguments.target, kernel.registers or "?", kernel.spills,
                      kernel.shared, "yes" if kernel.fits else "NO"])  # fmt: skip
         texts.append(kernel.assembly if arguments.show == "ptx" else kernel.sass() if arguments.show == "sass" else "")
     headers = ["region", "where", "kernel", "target", "registers", "spilled bytes", "shared bytes", "fits"]
@@ -89,11 +122,3 @@ def _compiled(arguments: argparse.Namespace, chosen: list[tuple[int, Inspected]]
         print(json.dumps([dict(zip(headers, row, strict=True)) for row in rows], indent=2))
     else:
         print(tabulate(rows, headers=headers))
-
-
-def _kernel_names(region: Inspected) -> list[str]:
-    return [""] if region.reason else list(kernels_of(region.program, *_chosen(region)))
-
-
-def _chosen(region: Inspected) -> tuple[Schedule, Layout]:
-    return region.preview.schedule, Layout.of(static_groups(region.program), frozenset(region.program.differentiable))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attncompiler.dsl.pictures import COLOURS, svg
-from attncompiler.ir.text import to_text
 from attncompiler.passes.plan import Coverage
 from attncompiler.runtime.preview import Preview
 from attncompiler.tuning.speed_of_light import boxes_text
@@ -33,11 +32,11 @@ def page(name: str, regions: Sequence[Inspected]) -> str:
     parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}: attention kernels</title><style>{_STYLE}</style>",
              f"<h1>Attention in <code>{html.escape(name)}</code></h1>"]  # fmt: skip
     for number, region in enumerate(regions):
-        line = html.escape(region.program.origin.line)
+        line, text = html.escape(region.line), html.escape(region.text)
+        picture = "" if region.preview is None else f"{svg(region.preview.drawn, alone=False)}{_legend(region.preview)}"
         source = html.escape(region.source) if region.source else f"no GPU kernel: {html.escape(region.reason)}"
         parts.append(
-            f"<h2>Region {number}, {line}</h2><div class='region'><div><pre>{html.escape(to_text(region.program))}</pre>"
-            f"{svg(region.preview.drawn, alone=False)}{_legend(region.preview)}</div><pre>{source}</pre></div>"
+            f"<h2>Region {number}, {line}</h2><div class='region'><div><pre>{text}</pre>{picture}</div><pre>{source}</pre></div>"
         )
     return "\n".join(parts)
 

@@ -144,7 +144,7 @@ def _recurrence(program: State) -> Recurrence:
 
 
 def _scaled(query: Expr) -> tuple[float, Expr]:
-    """A query as a number times what is left."""
+    """A query, or a logarithm, as a number times what is left."""
     if isinstance(query, Apply) and query.op in ("mul", "div"):
         left, right = query.args
         if isinstance(right, Const):
@@ -154,7 +154,16 @@ def _scaled(query: Expr) -> tuple[float, Expr]:
         if isinstance(left, Const) and query.op == "mul":
             scale, rest = _scaled(right)
             return scale * float(left.value), rest
+    if isinstance(query, Apply) and query.op == "neg":
+        scale, rest = _scaled(query.args[0])
+        return -scale, rest
     return 1.0, query
+
+
+def factored_log(recurrence: Recurrence) -> tuple[float, Read] | None:
+    """The logarithm of a decay as a number times one plain read; None where it is another expression."""
+    factor, read = _scaled(recurrence.log_decay)
+    return (factor, read) if isinstance(read, Read) and is_affine(read) else None
 
 
 def _past(program: State) -> Past:

@@ -144,6 +144,8 @@ class Block:
             ]
         if expr.op == "div":
             args = [a.to(self.dtype) if isinstance(a, Tensor) and not a.is_floating_point() else a for a in args]
+        if expr.op == "pow" and isinstance(args[0], float) and isinstance(args[1], Tensor) and not args[1].is_floating_point():
+            args[1] = args[1].to(self.dtype)  # torch would give float32 whatever the working precision
         return TORCH[expr.op](*args)
 
     def _held(self, value: Value) -> Value:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from attncompiler.errors import Unrecognised
-from attncompiler.ir.expr import ONE, ZERO, Apply, Const, Expr, apply, axes_of, transform, walk
+from attncompiler.ir.expr import ONE, ZERO, Apply, Const, Expr, Read, apply, axes_of, transform, walk
+from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.nodes import KV, NanToZero, RowReduce, Weights, shape_of
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.sizes import Extent, same, size_expr
@@ -38,7 +39,10 @@ def normalised(reader: Reader, weights: Expr, keys: Extent) -> Normalised:
         stable = _split_shift(score)[1] != ZERO
         score = score if stable else _masks_to_infinity(score)
     else:
-        raise Unrecognised("the weights are not a softmax", why="only row-wise softmax is taken so far")
+        raise Unrecognised(
+            "what is summed is not a softmax times factors",
+            why=f"between the softmax and the product stands {_operator(reader, core)}",
+        )
     score, shift = _split_shift(score)
     split = [_split_shift(e) for e in extra]
     if isinstance(core, Weights) and any(other != shift for _, other in split):
@@ -48,6 +52,14 @@ def normalised(reader: Reader, weights: Expr, keys: Extent) -> Normalised:
         if any(isinstance(n, Weights | RowReduce | NanToZero) for n in walk(expr)):
             raise Unrecognised("a row reduction of the scores is used outside the softmax", why="the kernel has no such pass yet")
     return Normalised(score, extra, adjust, nan_to_zero, stable)
+
+
+def _operator(reader: Reader, expr: Expr) -> str:
+    if isinstance(expr, RowReduce):
+        return f"a {expr.op} over an axis of its own"
+    if isinstance(expr, Read):
+        return base_name(reader.leaves[expr.tensor].node.target)
+    return expr.op if isinstance(expr, Apply) else "an operator that is not followed"
 
 
 def _has_normaliser(expr: Expr) -> bool:

@@ -7,22 +7,19 @@ steps in place of N x N scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
 from attncompiler.errors import Unrecognised
 from attncompiler.ir.expr import (
-    KV_IDX,
     ONE,
     Q_IDX,
     ZERO,
-    Apply,
     Const,
     Dot,
     Expr,
-    Read,
     apply,
     axes_of,
     dots_of,
@@ -34,17 +31,17 @@ from attncompiler.ir.expr import (
     walk,
 )
 from attncompiler.ir.state import ROW, Moment
-from attncompiler.ir.text import expr_text
 from attncompiler.passes.causal import Place, at
 from attncompiler.passes.constant_masks import Recovery, view_of
 from attncompiler.passes.contraction import Contraction, contraction_of
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.lift_decay import decay_matrix
-from attncompiler.passes.nodes import CASTS, CHANNEL, KV, Operand, RowReduce, Weights, dtype_of, shape_of
+from attncompiler.passes.nodes import CHANNEL, KV, Operand, RowReduce, Weights, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
+from attncompiler.passes.reader_facts import ReaderFacts
 from attncompiler.passes.recognise import cone, obstacle, roles_of
-from attncompiler.passes.separable import Facts, Separated, separate
-from attncompiler.passes.signs import Sign, sign_of
+from attncompiler.passes.score_parts import factor_text, hides_some, parts_of, weighs_pairs
+from attncompiler.passes.separable import Separated, separate
 from attncompiler.passes.site import Recovered
 from attncompiler.passes.sizes import Extent, IndexSpace, size_expr
 from attncompiler.passes.state_site import (
@@ -135,6 +132,7 @@ class _Weighed:
 
     def __post_init__(self) -> None:
         self.recovered: list[Recovered | RecoveredDecay] = []
+        self.facts = ReaderFacts(self.context, self.reader)
 
     def site(
         self,
@@ -149,23 +147,22 @@ class _Weighed:
         if not dots:
             self._refuse_hidden()
             raise NothingToSay
-        element = self._equal(self._lifted(self.element))
+        element = self.facts.equal(self._lifted(self.element))
         past, own, future = (at(place, element) for place in Place)
-        everything = not _weighs_pairs(element)
+        everything = not weighs_pairs(element)
         if everything:
             self._worthwhile(dots[0], keys, queries, channels)
         elif future not in (ZERO, Const(0.0)):
-            if not _hides_some(past, own, future):
+            if not hides_some(past, own, future):
                 raise Unrecognised(
                     "the keys after a query weigh too",
-                    why=f"the factor there is {_factor_text(future)}; one state, which keys enter in order, can't give both sides",
+                    why=f"the factor there is {factor_text(future)}; one state, which keys enter in order, can't give both sides",
                     do="split the factor into a causal half and its mirror image, two linear attentions whose results are added",
                 )
             raise Unrecognised("the mask between scores and values is not causal", why="it keeps keys after their query")
-        dot, factor, divisor = _parts(past)
-        own_factor = own if own in (ZERO, Const(0.0)) else _parts(own)[1]
-        facts = Facts(self._sign, self._summand)
-        found = separate(factor, own_factor, facts)
+        dot, factor, divisor = parts_of(past)
+        own_factor = own if own in (ZERO, Const(0.0)) else parts_of(own)[1]
+        found = separate(factor, own_factor, self.facts)
         value_node: Node = getattr(self.product, self.value_side)
         value, value_scale = self.reader.vector(
             value_node, getattr(self.product, f"{self.value_side}_letters"), self.place, "value", self.product.dtype, widen=False
@@ -232,62 +229,18 @@ class _Weighed:
                 self.recovered.append(Recovered(node, constant.recipe, recovery))
         return substitute(element, instead)
 
-    def _equal(self, element: Expr) -> Expr:
-        """The element with one name for reads of nodes that compute the same."""
-
-        def visit(expr: Expr) -> Expr | None:
-            if isinstance(expr, Dot):
-                return expr
-            if isinstance(expr, Read) and self.reader.leaves[expr.tensor].is_plain:
-                first = self.context.equal[self.reader.leaves[expr.tensor].node]
-                return self.reader.leaf(first, tuple(transform(entry, visit) for entry in expr.index))
-            return None
-
-        return transform(element, visit)
-
-    def _sign(self, read: Read) -> Sign:
-        operand = self.reader.leaves[read.tensor]
-        if operand.table is not None:
-            return Sign.NOT_NEGATIVE  # rates that `decay_matrix` found
-        return sign_of(operand.node, self.context.masks.constants)
-
-    def _summand(self, read: Read) -> Expr | None:
-        """What a running sum over the positions sums."""
-        node, index = self.reader.leaves[read.tensor].node, read.index
-        return self._summed(node, index)
-
-    def _summed(self, node: Node, index: tuple[Expr, ...]) -> Expr | None:
-        name = base_name(node.target)
-        if name == "cumsum":
-            source, dim = node.args[:2]
-            assert isinstance(source, Node) and isinstance(dim, int)
-            dim %= len(index)
-            if index[dim] != KV_IDX or any("kv_idx" in axes_of(i) for place, i in enumerate(index) if place != dim):
-                return None
-            return self.reader.leaf(source, index)
-        if not node.args or not isinstance(node.args[0], Node):
-            return None
-        if name in ("mul", "div") and isinstance(node.args[1], int | float) and "rounding_mode" not in node.kwargs:
-            inner = self._summed(node.args[0], index)
-            return None if inner is None else apply(name, inner, Const(float(node.args[1])))
-        if name == "neg" or name in CASTS:
-            inner = self._summed(node.args[0], index)
-            return inner if inner is None or name != "neg" else apply("neg", inner)
-        return None
-
     def _divisor(self, weigh: Expr, dot: Dot, found: Separated) -> Expr:
         """What O is divided by, in terms of the row that goes through the same steps."""
 
         def visit(expr: Expr) -> Expr | None:
             if not isinstance(expr, RowReduce):
                 return None
-            body = self._equal(self._lifted(self.reader.element(expr.node, expr.index)))
+            body = self.facts.equal(self._lifted(self.reader.element(expr.node, expr.index)))
             past, own, future = (at(place, body) for place in Place)
             if future not in (ZERO, Const(0.0)):
                 return None  # it sums keys after the query too
-            other, factor, divided = _parts(past)
-            facts = Facts(self._sign, self._summand)
-            mine = separate(factor, own if own in (ZERO, Const(0.0)) else _parts(own)[1], facts)
+            other, factor, divided = parts_of(past)
+            mine = separate(factor, own if own in (ZERO, Const(0.0)) else parts_of(own)[1], self.facts)
             agrees = (mine.step, mine.own_excluded) == (found.step, found.own_excluded) and divided is None
             if expr.op != "sum" or other != dot or not agrees:
                 raise Unrecognised(
@@ -308,60 +261,3 @@ class _Weighed:
         n, m, d, c = (int(size) for size in sizes)
         if n != m or n * m * (c + d) <= 4 * (n + m) * c * d:
             raise NothingToSay
-
-
-def _weighs_pairs(element: Expr) -> bool:
-    """True where something beside the dot product depends on query and key together."""
-    return any(
-        {"q_idx", "kv_idx"} <= axes_of(node) and not dots_of(node)
-        for node in _outside_dots(element)
-    )  # fmt: skip
-
-
-def _outside_dots(expr: Expr) -> Iterator[Expr]:
-    stack = [expr]
-    while stack:
-        node = stack.pop()
-        if not isinstance(node, Dot):
-            yield node
-            stack.extend(node.children)
-
-
-def _hides_some(*elements: Expr) -> bool:
-    return any(element in (ZERO, Const(0.0)) for element in elements)
-
-
-def _factor_text(element: Expr) -> str:
-    try:
-        return expr_text(_parts(element)[1])
-    except Unrecognised:
-        return "made of the scores"
-
-
-def _parts(element: Expr) -> tuple[Dot, Expr, Expr | None]:
-    """dot * factor / divisor: the divisor is what holds sums over a row. Raises: Unrecognised, naming the operator in between."""
-    if isinstance(element, Dot):
-        return element, ONE, None
-    if isinstance(element, Apply) and element.op in ("to_float", "round_f16", "round_bf16"):
-        return _parts(element.args[0])
-    if isinstance(element, Apply) and element.op == "neg":
-        raise Unrecognised("the scores are subtracted", why="they are negated before they are summed", do="negate the output")
-    if isinstance(element, Apply) and element.op in ("mul", "div"):
-        left, right = element.args
-        if dots_of(left) and not dots_of(right):
-            dot, factor, divisor = _parts(left)
-            if any(isinstance(n, RowReduce) for n in walk(right)):
-                right = right if element.op == "div" else apply("div", Const(1.0), right)
-                return dot, factor, right if divisor is None else mul(divisor, right)
-            return dot, _times(factor, right) if element.op == "mul" else apply("div", factor, right), divisor
-        if element.op == "mul" and dots_of(right) and not dots_of(left):
-            return _parts(apply("mul", right, left))
-    what = element.op if isinstance(element, Apply) else "nothing that is a product of queries and keys"
-    raise Unrecognised(
-        "the scores are not a product of queries and keys times a factor",
-        why=f"between the product and the values stands {what}",
-    )
-
-
-def _times(left: Expr, right: Expr) -> Expr:
-    return right if left == ONE else mul(left, right)

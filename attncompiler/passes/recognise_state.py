@@ -1,7 +1,7 @@
 """ATen around products with no softmax between them -> states, or reasons: linear attention in the two ways that people write it.
 
 `quadratic.py` takes scores of all pairs under a causal factor, `running_sums.py` the running sum of outer products. Both end in the
-same few clauses of a state.
+same few clauses of a state. `keys_first.py` says of a third way that it is linear as written.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from torch.fx import Graph, GraphModule, Node
 
 from attncompiler.errors import AttnCompilerError
 from attncompiler.passes.constant_masks import ConstantMasks
+from attncompiler.passes.keys_first import keys_times_values
 from attncompiler.passes.memory import writes
 from attncompiler.passes.quadratic import scores_times_values
 from attncompiler.passes.running_sums import query_of_running_sum
 from attncompiler.passes.site import Refusal
 from attncompiler.passes.state_site import Lowerable, NothingToSay, StateContext, StateSite
 
-_FORMS = (query_of_running_sum, scores_times_values)
+_FORMS = (query_of_running_sum, scores_times_values, keys_times_values)
 
 
 def recognise_states(
     module: GraphModule, trained: frozenset[Node], masks: ConstantMasks, taken: frozenset[Node], lowerable: Lowerable
 ) -> tuple[list[StateSite], list[Refusal]]:
-    """Needs: a captured graph, and the products that are attentions already. Ensures: every linear attention that is slower as written
-    is in one of the two lists. Changes nothing."""
+    """Needs: a captured graph, and the products that are attentions already. Ensures: every linear attention is in one of the two
+    lists. Changes nothing."""
     context = StateContext(module, trained, masks, _equal_nodes(module.graph), lowerable)
     sites: list[StateSite] = []
     refusals: list[Refusal] = []

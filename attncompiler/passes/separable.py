@@ -12,7 +12,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 
@@ -49,12 +49,15 @@ class Separated:
     growth: Growth
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of reads: their sign, and the read that a running sum sums (None for what is no running sum)."""
+class Facts(Protocol):
+    """What is known: the sign of a read, the read that a running sum sums (None for what is no running sum), and the sign of an
+    expression of positions alone, where its values can be looked at."""
 
-    sign: Callable[[Read], Sign]
-    summand: Callable[[Read], Expr | None]
+    def sign(self, read: Read) -> Sign: ...
+
+    def summand(self, read: Read) -> Expr | None: ...
+
+    def sign_of_numbers(self, expr: Expr) -> Sign: ...
 
 
 def separate(past: Expr, own: Expr, facts: Facts) -> Separated:
@@ -155,6 +158,8 @@ class _Algebra:
         value = self.value(expr)
         if value.has(_I) and value.has(_J):
             raise Unrecognised(_MIXED, why=f"{expr_text(expr)} mixes them")
+        if self._is_positive_of_heads(expr):
+            return self._atom(apply("log", expr))
         # exact, so that what cancels does: a base that rounds to 0 is a decay of exp(-inf), as the traced code has it
         if not (value.is_positive or value.is_nonnegative):
             raise Unrecognised(
@@ -163,6 +168,10 @@ class _Algebra:
                 do="give the logarithm of a decay, and exp of it",
             )
         return sympy.expand_log(sympy.log(value), force=True)
+
+    def _is_positive_of_heads(self, expr: Expr) -> bool:
+        """Whether an expression is a positive number of each head: then its logarithm stays whole, as its sign may be known too."""
+        return not axes_of(expr) & {"q_idx", "kv_idx"} and bool(axes_of(expr)) and self.facts.sign_of_numbers(expr) is Sign.POSITIVE
 
     def value(self, expr: Expr) -> Any:
         """The expression in sympy's terms."""
@@ -174,6 +183,8 @@ class _Algebra:
             return _I if expr == Q_IDX else _J
         if isinstance(expr, Apply) and expr.op in _SAME_VALUE:
             return self.value(expr.args[0])
+        if isinstance(expr, Apply) and expr.op == "log" and self._is_positive_of_heads(expr.args[0]):
+            return self._atom(expr)
         if isinstance(expr, Apply) and expr.op in _SYMPY:
             return _SYMPY[expr.op](*map(self.value, expr.args))
         return self._atom(expr)
@@ -199,7 +210,7 @@ class _Algebra:
             return {"integer": True, "positive": True}
         if isinstance(expr, Axis):
             return {"integer": True, "nonnegative": True}
-        return _SIGNS[self.facts.sign(expr)] if isinstance(expr, Read) else {"real": True}
+        return _SIGNS[self.facts.sign(expr) if isinstance(expr, Read) else self.facts.sign_of_numbers(expr)]
 
     def difference(self, row: Any) -> Any:
         """row(kv_idx) - row(kv_idx - 1), with what running sums sum in place of their differences."""

@@ -39,7 +39,7 @@ def sign_of(node: Node, constants: Constants) -> Sign:
     """The sign of every element. Constants are looked at only where the graph itself makes them: no assumption is needed."""
     constant = constants.of(node)
     if constant is not None and constant.recipe.source is None:
-        return _of_values(constant.value)
+        return sign_of_values(constant.value)
     name = base_name(node.target)
     if name in _KNOWN:
         return _KNOWN[name]
@@ -67,7 +67,8 @@ def _of_argument(value: object, constants: Constants) -> Sign:
     return sign_of(value, constants) if isinstance(value, Node) and is_tensor(value) else Sign.ANY
 
 
-def _of_values(values: torch.Tensor) -> Sign:
+def sign_of_values(values: torch.Tensor) -> Sign:
+    """The sign of all numbers of a tensor."""
     if not values.numel() or values.is_complex():
         return Sign.ANY
     for sign, holds in (

@@ -64,14 +64,14 @@ class Launch:
     """One kernel with everything filled in but its pointers."""
 
     def __init__(
-        self, kernel: Any, name: str, grid: tuple[int, int], constants: Constants, tensors: Mapping[str, Tensor],
+        self, kernel: Any, name: str, grid: tuple[int, ...], constants: Constants, tensors: Mapping[str, Tensor],
         schedule: KernelSchedule, emission: Emission | None, shown: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """`shown`: the vectors of the operands as [b, h, tokens, channels], by the names that kernels give them; what is not in it
         lies so itself."""
         values = {**constants, "BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
         self._kernel = kernel[grid]
-        self._grid = (*grid, 1)
+        self._grid = (*grid, *(1,) * (3 - len(grid)))
         self._compiled: Any = None
         self._addresses: list[Any] | None = None
         self._arguments = [values.get(name) for name in kernel.arg_names]

@@ -42,10 +42,10 @@ def {kernel}({parameters}):
         {write}
     {store_total}
     at = (bh * SEGMENTS + segment) * {elements} + {state_offsets}
-    tl.store(States + at, state{state_mask})
+    tl.store({states} + at, state{state_mask})
 """
 
-# `states` of segments become those that enter them, in place.
+# The states of segments become those that enter them, in place; {last} is what is past all of them.
 SCAN = """
 @triton.jit
 def {kernel}({parameters}):
@@ -56,11 +56,11 @@ def {kernel}({parameters}):
     state = {start}
     for step in range(SEGMENTS):
         segment = {segment}
-        at = States + (bh * SEGMENTS + segment) * {elements} + elements
+        at = {states} + (bh * SEGMENTS + segment) * {elements} + elements
         own = tl.load(at, mask=inside, other=0.0)
         tl.store(at, state, mask=inside)
         state = {whole} + own
-    tl.store(Final + bh * {elements} + elements, state, mask=inside)
+    tl.store({last} + bh * {elements} + elements, state, mask=inside)
 """
 
 WALK = """
@@ -75,8 +75,7 @@ def {kernel}({parameters}):
     {place_y}
     {place_z}
     {place_along}
-    out_at = Out + b * stride_out_b + h * stride_out_h
-    out_offsets = steps[:, None] * stride_out_row + channels[None, :] * stride_out_channel
+    {place_out}
     {before}
     {enter}
     first = segment * SEGMENT
@@ -107,13 +106,12 @@ def {kernel}({parameters}):
     steps = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, {block_x})
     {place_x}
-    out_at = Out + b * stride_out_b + h * stride_out_h
-    out_offsets = steps[:, None] * stride_out_row + channels[None, :] * stride_out_channel
+    {place_out}
     {enter}
     first = tl.program_id(1) * SEGMENT
-    for chunk in range(tl.cdiv(tl.minimum(SEGMENT, STEPS - first), BLOCK_N)):
+    for chunk in range(tl.cdiv(tl.minimum(SEGMENT, {steps} - first), BLOCK_N)):
         start = first + chunk * BLOCK_N
-        inside = steps < STEPS - start
+        inside = steps < {steps} - start
         {load_x}
         out = tl.dot({x}, state.to({x}.dtype){precision})
         {scale}

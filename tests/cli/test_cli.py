@@ -22,6 +22,10 @@ class Net(torch.nn.Module):
         return attend(x, x * 2, x * 3)
 def example_inputs_Net():
     return (torch.randn(1, 2, 96, 64),)
+def linear(q, k, v):
+    return (q @ k.mT).tril() @ v
+def example_inputs_linear():
+    return tuple(torch.randn(1, 2, 96, 16) for _ in range(3))
 """
 INPUTS = ["--input", "1,2,96,64", "--input", "1,2,96,64", "--input", "1,2,96,64"]
 
@@ -68,6 +72,16 @@ def test_inspect_shows_machine_code(model: str, capsys: pytest.CaptureFixture[st
     assert ".target sm_90a" in capsys.readouterr().out
     assert main(["inspect", f"{model}:Net", "--show", "sass"]) == 0
     assert "EXIT" in capsys.readouterr().out
+
+
+def test_inspect_shows_states(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subject, page = f"{model}:linear", tmp_path / "page.html"
+    assert main(["inspect", subject, "--show", "ir", "--html", str(page)]) == 0
+    assert capsys.readouterr().out.startswith("state  # model.py") and "state_outputs" in page.read_text()
+    assert main(["inspect", subject, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["kernel"] for row in rows} >= {"state_segments", "state_outputs", "state_backward"}
+    assert all(row["fits"] == "yes" and row["spilled bytes"] == 0 for row in rows)
 
 
 def test_inspect_writes_a_page(model: str, tmp_path: Path) -> None:
