@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.vectors import poison_empty_heads, vector_gradient, view_vectors
+from attncompiler.codegen.vectors import add_elements, poison_empty_heads, vector_gradient, view_vectors
 from attncompiler.ir.evaluate import Block, whole
 from attncompiler.ir.expr import Q_IDX, Axis, B, Const, H, Read
 from attncompiler.ir.interpreter import extents_of
@@ -32,6 +32,11 @@ class Routed:
         self.rows: Rows = rows_of(self._active())
         self.compact_sizes = {name: self.rows.length if name == LENGTH else sizes[name] for name in self.compact.program.sizes}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """b, h, q_idx."""
+        return tuple(self.extents[axis.name] for axis in _QUERY_AXES)
+
     @functools.cached_property
     def block(self) -> Block:
         """All positions; what reads an operand as it lies needs none."""
@@ -41,9 +46,9 @@ class Routed:
         """bool [b, h, q_idx]."""
         active = self.program.route.active
         if isinstance(active, Read) and is_plain(active):
-            return _across(active, self.given[active.tensor]).expand(*(self.extents[axis.name] for axis in _QUERY_AXES))
+            return _across(active, self.given[active.tensor], self.extents).expand(self.shape)
         found: Tensor = self.block.tensor(active).to(torch.bool)
-        return found.expand(*(self.extents[axis.name] for axis in _QUERY_AXES), 1).squeeze(3)
+        return found.expand(*self.shape, 1).squeeze(3)
 
     @property
     def nan_if_empty(self) -> bool:
@@ -55,12 +60,12 @@ class Routed:
         """[b, h, q_idx], a view of the operand; None for 1."""
         if not isinstance(self.compact.gain, Read):
             return None
-        shown = _across(self.compact.gain, self.given[self.compact.gain.tensor])
-        return shown.expand(*(self.extents[axis.name] for axis in _QUERY_AXES))
+        return _across(self.compact.gain, self.given[self.compact.gain.tensor], self.extents).expand(self.shape)
 
     def operands(self) -> dict[str, Tensor]:
         """The operands of the compact program."""
         made = {name: self.rows.take_vectors(self._vectors(read)) for name, read in self.compact.copies}
+        made |= {name: self.rows.take_elements(self._elements(read)) for name, read in self.compact.elements}
         made |= {self.compact.rows: self.rows.index, self.compact.count: self.rows.count}
         return {decl.name: made[decl.name] if decl.name in made else self.given[decl.name] for decl in self.compact.program.tensors}
 
@@ -69,6 +74,16 @@ class Routed:
         view = view_vectors(read, self.given[read.tensor], Q_IDX, self.block)
         shown = view.tensor.repeat_interleave(view.group, 1)[:, : self.extents["h"]] if view.group > 1 else view.tensor
         return shown.expand(*shown.shape[:2], self.extents["q_idx"], -1)
+
+    def _elements(self, read: Read) -> Tensor:
+        """[b or 1, h or 1, q_idx], in float32 where the operand has less."""
+        tensor = self.given[read.tensor]
+        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        if is_plain(read):
+            return _across(read, tensor, self.extents)
+        block = Block({**self.given, read.tensor: tensor}, self.sizes, self.extents, self.block.positions, tensor.dtype)
+        found = block.tensor(read)
+        return found.reshape((1,) * (4 - found.dim()) + tuple(found.shape)).squeeze(3)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,18 +140,21 @@ def backward(
         if name in wanted:
             if call.nan_if_empty:
                 along = along.masked_fill((lse == float("-inf")) & (rows.place >= 0), torch.nan)
-            target = _across(compact.gain, _sums(found, name, operands))
+            target = _across(compact.gain, _sums(found, name, operands), call.extents)
             target += along.sum_to_size(target.shape).to(target.dtype)
     rcp_rows = rows.take(rcp) if program.has_rcp else rcp
     grad_lse_rows = None if grad_lse is None else rows.take(grad_lse)
-    copies = {name: read for name, read in compact.copies if read.tensor in wanted}
-    inner = frozenset(name for name in compact.program.differentiable if name in wanted or name in copies)
+    copies, elements = ({name: read for name, read in of if read.tensor in wanted} for of in (compact.copies, compact.elements))
+    inner = frozenset(name for name in compact.program.differentiable if name in wanted or name in copies or name in elements)
     made = lowering.backward(
         compact.program, call.operands(), call.compact_sizes, summed, lse_rows, rcp_rows, grad_rows, grad_lse_rows, inner
     )
     for name, gradient in made.items():
         if name in copies:
             _put_gradient(call, copies[name], gradient, found)
+        elif name in elements:
+            read = elements[name]
+            add_elements(read, rows.put(gradient).unsqueeze(3), _sums(found, read.tensor, operands), call.block)
         elif name in found:
             found[name] += gradient
         else:
@@ -165,13 +183,13 @@ def _put_gradient(call: Routed, read: Read, gradient: Tensor, found: dict[str, T
         call.rows.put_into(view_vectors(read, found[read.tensor], Q_IDX, call.block).tensor, gradient)
         return
     sums = vector_gradient(read, view, _sums(found, read.tensor, call.given), Q_IDX, call.block)
-    b, h, m = (call.extents[axis.name] for axis in _QUERY_AXES)
+    b, h, m = call.shape
     sums.add(call.rows.put(gradient), (0, b), (0, h), ((0, m),))
     sums.scatter(call.block)
 
 
-def _across(read: Read, tensor: Tensor) -> Tensor:
-    """The elements of a read as a view [b or 1, h or 1, q_idx or 1]."""
+def _across(read: Read, tensor: Tensor, extents: Mapping[str, int]) -> Tensor:
+    """The elements of a plain read as a view [b or 1, h or 1, q_idx or 1]."""
     for place in reversed(range(len(read.index))):
         entry = read.index[place]
         if isinstance(entry, Const):
@@ -179,5 +197,5 @@ def _across(read: Read, tensor: Tensor) -> Tensor:
     axes = [entry for entry in read.index if isinstance(entry, Axis)]
     shown = tensor.permute(*(axes.index(axis) for axis in _QUERY_AXES if axis in axes))
     for place, axis in enumerate(_QUERY_AXES):
-        shown = shown if axis in axes else shown.unsqueeze(place)
+        shown = shown.narrow(place, 0, extents[axis.name]) if axis in axes else shown.unsqueeze(place)
     return shown

@@ -32,6 +32,14 @@ class Rows:
             index, ended = index[..., None].expand(-1, -1, -1, x.shape[3]), ended[..., None]
         return x.expand(b, h, *x.shape[2:]).gather(2, index).masked_fill_(ended, 0.0)
 
+    def take_elements(self, x: Tensor) -> Tensor:
+        """[b or 1, h or 1, q_idx or 1] -> [b, h, rows_length]; past the end of a list the last again, so that what is proved of a tile
+        is proved of its rows."""
+        b, h = self.count.shape
+        x = x.expand(b, h, self.place.shape[2])
+        over_b, over_h = torch.arange(b, device=x.device)[:, None, None], torch.arange(h, device=x.device)[:, None]
+        return x[over_b, over_h, self.index]
+
     def put(self, x: Tensor, elsewhere: float = 0.0) -> Tensor:
         """[b, h, rows_length(, D)] -> [b, h, q_idx(, D)], `elsewhere` where a query is in no list."""
         place, absent = self.place.clamp(min=0).long(), self.place < 0

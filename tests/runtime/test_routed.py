@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -70,37 +70,49 @@ def test_long_sequences(name: str) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["plain", "window", "empty rows give 0", "dropout", "a term of each query", "bias of each key"])
+@pytest.mark.parametrize("name", ["window", "empty rows give 0", "dropout", "a term of each query"])
 def test_kernels(name: str) -> None:
     judge(triton_launch, routed_program(name, "gated", 150, 70, 16, 24))
 
 
-ON_A_GPU = [(257, 300, 80, 48), (600, 700, 128, 128), (1, 129, 128, 128)]  # queries, keys, size of q and k, of v
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["plain", "documents", "pair bias and slopes", "bias of each key"])
+def test_kernels_of_few_queries(name: str) -> None:
+    judge(triton_launch, routed_program(name, "gated", 9, 33, 16, 24))
 
 
-def covering() -> list[tuple[tuple[int, int, int, int], str, str, str]]:
-    """Sizes, programs, routes and dtypes for a GPU: every pair of these, and every program three times."""
-    dtypes = "bf16", "f16", "f32"
-    cases = [
-        (ON_A_GPU[(at + place) % 3], name, route, dtypes[(at // 3 + place) % 3])
-        for at, name in enumerate(PROGRAMS)
-        for place, route in enumerate(ROUTES)
-    ]
-    # here the gradient of a gain is one number, in which eager happens to be off by much less than float16 rounds
-    return [*cases, (ON_A_GPU[1], "softcap", "a gain for each head", "f16")]
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_has_a_kernel(name: str, route: str) -> None:
+    assert not chosen.unsupported(routed_program(name, route, 48, 33, 16, 24, "bf16"))
 
 
-def test_the_cases_for_a_gpu_cover_every_pair() -> None:
-    for one, other in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
-        pairs = {(case[one], case[other]) for case in covering()}
-        assert len(pairs) == len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
-    assert len(covering()) <= 50
+READS = {
+    "a bias by query in half precision": (" + bias[b, q_idx]", ", bias: {dtype}[2, {m}]"),
+    "a table by position": (" + table[q_idx % 5] * q_idx", ", table: f32[5]"),
+    "a list within a read": (" + listed[order[q_idx]]", ", order: i32[{m}], listed: f32[9]"),
+    "one tensor in two ways": (" + twice[0, q_idx] - twice[b, 3]", ", twice: {dtype}[2, {m}]"),
+    "pairs that heads share": (" + pairs[q_idx, kv_idx]", ", pairs: f32[{m}, {n}]"),
+    "keys before queries": (" + turned[b, kv_idx, h, q_idx]", ", turned: f32[2, {n}, 4, {m}]"),
+}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "name", "route", "dtype"), covering(), ids=str)
-def test_on_the_gpu(sizes: tuple[int, int, int, int], name: str, route: str, dtype: str) -> None:
-    judge(chosen, routed_program(name, route, *sizes, dtype), "cuda")  # what has no kernel there runs in torch
+def with_reads(names: Iterable[str], m: int, n: int) -> Attention:
+    """A routed program whose score has further terms."""
+    lines = to_text(routed_program("window", "gated", m, n, 16, 16)).splitlines()
+    terms, reads = ("".join(READS[name][place].format(m=m, n=n, dtype="f16") for name in names) for place in (0, 1))
+    added = {"read": reads, "score": terms}
+    return verify(parse("\n".join(line + added.get(line.split()[0], "") for line in lines)))
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_what_a_score_reads_of_a_query(reads: str) -> None:
+    judge(portable, with_reads([reads], 40, 33))
+
+
+@pytest.mark.interpreted
+def test_kernels_read_all_of_it() -> None:
+    judge(triton_launch, with_reads(READS, 20, 33))
 
 
 @pytest.mark.parametrize("kept", [0.0, 1.0], ids=["all off", "all on"])
