@@ -195,7 +195,7 @@ def _across(read: Read, tensor: Tensor, extents: Mapping[str, int]) -> Tensor:
         if isinstance(entry, Const):
             tensor = tensor.select(place, int(entry.value))
     axes = [entry for entry in read.index if isinstance(entry, Axis)]
-    shown = tensor.permute(*(axes.index(axis) for axis in _QUERY_AXES if axis in axes))
+    shown = tensor.permute([axes.index(axis) for axis in _QUERY_AXES if axis in axes])
     for place, axis in enumerate(_QUERY_AXES):
         shown = shown.narrow(place, 0, extents[axis.name]) if axis in axes else shown.unsqueeze(place)
     return shown
