@@ -88,7 +88,7 @@ class _Watch(TorchDispatchMode):
         value = call.operands[program.sum.tensor]
         zero = value.new_zeros(())
         o, lse, rcp = zero.expand(b, h, m, value.shape[-1]), zero.float().expand(b, h, m), zero.float().expand(0)
-        return (o, lse, rcp, o) if routed else (o, lse, rcp)
+        return (o, lse, rcp, o, lse, lse) if routed else (o, lse, rcp)  # the rest serves a backward alone
 
 
 def declared(form: Form, example: Example) -> list[Call]:

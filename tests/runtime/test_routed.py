@@ -20,6 +20,8 @@ from attncompiler.passes.compact_rows import compact_rows
 from attncompiler.runtime import lowering as chosen
 from attncompiler.runtime import routed, row_kernels, triton_launch
 from attncompiler.runtime.rows import rows_of
+from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import TARGETS, Target
 from tests.programs import PROGRAMS, judge_on, operands, program
 
 GATED = "gate[b, q_idx, h] where on[b, q_idx, h]"
@@ -35,16 +37,15 @@ class Lowered:
     """A lowering of programs with a route, with the signature of one without."""
 
     lowering: ModuleType
-    summed: list[Tensor] = field(default_factory=list)
+    saved: list[Tensor] = field(default_factory=list)
 
     def forward(self, p: Attention, made: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
-        *found, summed = routed.forward(self.lowering, p, made, sizes, False)
-        self.summed = [summed]
-        return tuple(found)
+        o, lse, rcp, *self.saved = routed.forward(self.lowering, p, made, sizes, False)
+        return o, lse, rcp
 
     def backward(self, p: Attention, made: Mapping[str, Tensor], sizes: Mapping[str, int], o: Tensor, lse: Tensor, rcp: Tensor,
                  *rest: Any) -> dict[str, Tensor]:  # fmt: skip
-        return routed.backward(self.lowering, p, made, sizes, o, lse, rcp, *self.summed, *rest)
+        return routed.backward(self.lowering, p, made, sizes, o, lse, rcp, *self.saved, *rest)
 
 
 def routed_program(name: str, route: str, m: int, n: int, d: int, dv: int, dtype: str = "f32") -> Attention:
@@ -131,8 +132,9 @@ def test_what_is_off_is_not_read() -> None:
     made["on"][1, 7] = False
     on = made["on"].transpose(1, 2)
     made["q"][~on], made["gate"][~made["on"]] = torch.nan, torch.nan
-    o, lse, rcp, summed = routed.forward(portable, p, made, {}, True)
-    grads = routed.backward(portable, p, made, {}, o, lse, rcp, summed, torch.ones_like(o), None, frozenset(p.differentiable))
+    saved = routed.forward(portable, p, made, {}, True)
+    o, lse = saved[:2]
+    grads = routed.backward(portable, p, made, {}, *saved, torch.ones_like(o), None, frozenset(p.differentiable))
     assert (o[~on] == 0).all() and (lse[~on] == -torch.inf).all() and o.isfinite().all()
     assert all(grad.isfinite().all() for grad in grads.values())
     assert (grads["q"][~on] == 0).all() and (grads["gate"][~made["on"]] == 0).all()
@@ -178,26 +180,45 @@ def test_the_kernels_that_move_rows(nan_if_empty: bool, dtype: torch.dtype) -> N
     """Against torch, with strides, more rows than a program moves, and lists that end anywhere."""
     active = torch.rand(2, 150, 3).transpose(1, 2) > 0.4
     active[0, 1] = False
-    rows, listed = rows_of(active), row_kernels.list_rows(active)
-    longest = rows.length
-    assert torch.equal(listed[0][..., :longest], rows.index) and torch.equal(listed[1], rows.count)
-    assert torch.equal(listed[2], rows.place)
+    rows, (lists, count) = rows_of(active), row_kernels.list_rows(active)
+    longest, (index, place) = rows.length, lists
+    assert torch.equal(index[..., :longest], rows.index) and torch.equal(count, rows.count) and torch.equal(lists, rows.lists)
     x, gain = torch.randn(2, 150, 3, 48, dtype=dtype).transpose(1, 2)[..., ::2], torch.randn(2, 150, 3, dtype=dtype).transpose(1, 2)
     lse, summed = torch.randn(2, 3, 150, dtype=dtype), torch.randn(2, 3, 150, 24, dtype=dtype)
-    expected = rows.take_gradients(x, lse, gain, summed[:, :, :longest])
-    found = row_kernels.take_rows(x, listed[0], listed[1], gain, summed, lse)
-    torch.testing.assert_close((found[0][:, :, :longest], found[2][..., :longest], found[1]), expected)  # type: ignore[index]
+    along, by_kernel = (torch.zeros(2, 150, 3, dtype=torch.float32).transpose(1, 2) for _ in range(2))
+    expected = rows.take_gradients(x, lse, gain, summed[:, :, :longest], along, True)
+    found = row_kernels.take_rows(x, index, count, gain, summed, by_kernel, lse)
+    torch.testing.assert_close((found[0][:, :, :longest], found[1][..., :longest], by_kernel), (*expected, along))  # type: ignore[index]
     assert not found[0][:, :, longest:].any()
     taken, lse_rows = rows.take(x), rows.take(lse).masked_fill(rows.index % 5 == 0, -torch.inf)
     for heads_first in (True, False):
         put = rows.put_vectors(taken, lse_rows, gain, nan_if_empty, heads_first)
         padded = torch.nn.functional.pad(taken, (0, 0, 0, 150 - longest)), torch.nn.functional.pad(lse_rows, (0, 150 - longest))
-        ours = row_kernels.put_rows(padded[0], listed[2], gain, padded[1], nan_if_empty, heads_first)
+        ours = row_kernels.put_rows(padded[0], place, gain, padded[1], nan_if_empty, heads_first)
         torch.testing.assert_close(ours, put, equal_nan=True)
         assert ours[0].stride() == put[0].stride()
     into = torch.full((2, 150, 3, 24), torch.nan, dtype=dtype).transpose(1, 2)
-    row_kernels.put_rows_into(into, padded[0], listed[2])
+    row_kernels.put_rows_into(into, padded[0], place)
     torch.testing.assert_close(into, rows.put(taken))
+
+
+@pytest.mark.interpreted
+def test_rows_past_the_end_are_left_but_for_a_tile() -> None:
+    """Where nothing reads them; the values of what is left are whatever the memory held."""
+    active = torch.arange(700).expand(1, 2, 700) < torch.tensor([[[0], [257]]])
+    lists, count = row_kernels.list_rows(active)
+    x = torch.randn(1, 2, 700, 16)
+    taken, _ = row_kernels.take_rows(x, lists[0], count, fill=False)
+    assert taken[0, 0].isnan().all()  # memory of tests is full of NaN
+    assert torch.equal(taken[0, 1, :257], x[0, 1, :257]) and not taken[0, 1, 257:512].any() and taken[0, 1, 512:].isnan().all()
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_no_kernel_reads_more_rows_at_once_than_are_filled(target: Target) -> None:
+    for d, dtype in ((16, "bf16"), (128, "bf16"), (256, "f16"), (128, "f32")):
+        compact = chosen.in_kernels(routed_program("window", "gated", 600, 700, d, d, dtype))
+        schedule = choose_schedule(compact, target, target.descriptors)
+        assert all(row_kernels.TILE % schedule.of(k).block_m == 0 for k in ("forward", "backward_queries", "backward_keys"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
