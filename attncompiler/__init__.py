@@ -8,13 +8,14 @@ from attncompiler import masks, select
 from attncompiler.backend import attncompiler as _backend
 from attncompiler.dsl.attention import attention
 from attncompiler.dsl.linear_attention import RowSum, StateValue, linear_attention
+from attncompiler.dsl.routing import route
 from attncompiler.explain import explain
 from attncompiler.explanation import Explanation, Missed, Region
 
 __version__ = "0.1.0"
 __all__ = [
     "Explanation", "Missed", "Region", "RowSum", "StateValue", "__version__", "attention", "explain", "linear_attention", "masks",
-    "select",
+    "route", "select",
 ]  # fmt: skip
 
 if not entry_points(group="torch_dynamo_backends", name="attncompiler"):

@@ -87,7 +87,7 @@ def _region(site: Site) -> Region:
         stride = strides_text(found.light.full_strides)
         notes = (*notes, f"with a stride of {stride} no tile would be partial; `attncompiler plan --strides` has the others")
     if program.route != Route():
-        notes = (*notes, "a head that is off for a query is not computed: the queries that use it are taken together, at run time")
+        notes = (*notes, _route_note(site))
     reason = unsupported(program)
     if reason:
         notes = (*notes, f"no GPU kernel: {reason}")
@@ -95,12 +95,22 @@ def _region(site: Site) -> Region:
         family="softmax",
         ir=program_text(site.whole),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
-        density=found.plan.density,
+        density=found.plan.density * site.active_share,
         template="portable" if reason else "softmax (Triton); portable without a GPU",
         source_location=program.origin.line,
         kernels={} if reason else {"attention": kernel_source(program, found.schedule)},
         notes=notes,
         speed_of_light=found.light,
+    )
+
+
+def _route_note(site: Site) -> str:
+    gain, share = expr_text(site.program.route.gain), site.active_share
+    many = f"{share:.3g} of queries and heads" if share < 1.0 else "how many is known at run time"
+    counted = "; tiles visited counts these, predicted ms all" if share < 1.0 else ""
+    return (
+        f"heads are routed by {gain}: one that is off for a query is not computed, forward or backward. Expected to be on: {many}"
+        f"{counted}. Of each head the queries that use it are taken together; keys and values are those of all"
     )
 
 

@@ -16,7 +16,7 @@ from attncompiler.codegen.hopper import hopper_source
 from attncompiler.codegen.lowerable import lowerable
 from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir.expr import TRUE, ZERO, Kind, Read, reads_of, walk
+from attncompiler.ir.expr import TRUE, ZERO, Kind, Read, axes_of, reads_of, walk
 from attncompiler.ir.program import Attention, kind_of
 from attncompiler.ir.text import expr_text, to_text
 from attncompiler.tuning.schedule import Schedule
@@ -50,7 +50,8 @@ def _hopper_kernels(program: Attention, schedule: Schedule, layout: Layout) -> s
 
 def _check(program: Attention) -> None:
     for read in (r for x in program.expressions for r in reads_of(x)):
-        if any(isinstance(n, Read) for entry in read.index for n in walk(entry)):
+        through = [n for entry in read.index for n in walk(entry) if isinstance(n, Read)]
+        if through and (read.tensor in program.vectors or any("kv_idx" in axes_of(n) for n in through)):
             raise UnsupportedProgram(f"{read.tensor} is read at an index that is itself read", where=program.origin.line)
     reads = vector_reads(program)
     if len({read.tensor for read in reads}) < len(reads):

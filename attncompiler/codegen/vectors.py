@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def head_group(read: Read, heads: int) -> int:
 
 def _merged(read: Read, tensor: Tensor) -> tuple[Read, Tensor]:
     """x[.., h // G, h % G, ..] is x[.., h, ..] of a tensor with the two dimensions made one."""
-    for place, (first, second) in enumerate(pairwise(read.index)):
+    for place, (first, second) in enumerate(itertools.pairwise(read.index)):
         group = _divisor(first, H)
         if group is not None and group > 1 and second == mod(H, Const(group)) and tensor.shape[place + 1] == group:
             index = (*read.index[:place], H, *read.index[place + 2 :])
@@ -144,8 +144,9 @@ def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
         # a branch of `where` that is not taken may read outside; its gradient is 0
         index = [block.tensor(entry).clamp(0, extent - 1) for entry, extent in zip(read.index, into.shape, strict=True)]
         shape = torch.broadcast_shapes(*(tuple(i.shape) for i in index), (1, 1, 1, 1))
-        summed = grad.sum_to_size(shape)
-        into.index_put_(tuple(i.expand(shape) for i in index), summed.to(into.dtype), accumulate=True)
+        summed, places = grad.sum_to_size(shape).to(into.dtype), [i.expand(shape) for i in index]
+        for b, h in itertools.product(range(shape[0]), range(shape[1])):  # indices of all heads at once would not fit
+            into.index_put_(tuple(i[b, h] for i in places), summed[b, h], accumulate=True)
         return
     missing = [place for place, axis in enumerate(AXES) if axis not in axes]
     summed = grad.sum(missing) if missing else grad

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from attncompiler.dsl.masks import Captured, Mask, adopt, as_mask, check_reads, rename
+from attncompiler.dsl.plain import Score, plain
+from attncompiler.dsl.routing import HeadRoute, with_route
 from attncompiler.dsl.selection import TopKeys, check
 from attncompiler.dsl.trace import traced
 from attncompiler.dsl.vectors import check_vectors
@@ -40,8 +42,6 @@ from attncompiler.passes.nodes import DTYPES
 from attncompiler.passes.nothing_kept import nothing_kept, nothing_kept_by_positions
 from attncompiler.runtime import ops as _ops  # noqa: F401  registers the op
 
-Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Declared:
@@ -55,13 +55,13 @@ class Declared:
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
-    select: TopKeys | None = ..., scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ...,
+    select: TopKeys | None = ..., route: HeadRoute | None = ..., scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep: Mask | Callable[..., Any] | None = ..., score: Score | None = ...,
-    select: TopKeys | None = ..., scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ...,
+    select: TopKeys | None = ..., route: HeadRoute | None = ..., scale: float | None = ..., dropout_p: float = ..., enable_gqa: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
@@ -72,6 +72,7 @@ def attention(
     keep: Mask | Callable[..., Any] | None = None,
     score: Score | None = None,
     select: TopKeys | None = None,
+    route: HeadRoute | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
@@ -81,50 +82,24 @@ def attention(
 
     q [B, H, M, D], k [B, Hk, N, D], v [B, Hk, N, Dv], of one floating dtype and on one device. `keep`: a mask of
     `attncompiler.masks`, or a function (b, h, q_idx, kv_idx) -> bool. `score`: (score, b, h, q_idx, kv_idx) -> score, of the scaled
-    product. `select`: keys chosen from the data (`attncompiler.select`), of which those that `keep` keeps. `scale`: default
-    D ** -0.5. With `enable_gqa` Hk may divide H. A query that keeps no key gives zero. Returns O [B, H, M, Dv], and with
-    `return_lse` the natural log of each row's sum, float32 [B, H, M].
+    product. `select`: keys chosen from the data (`attncompiler.select`), of which those that `keep` keeps. `route`: heads switched and
+    scaled for each query (`attncompiler.route`), differentiable in the gains. `scale`: default D ** -0.5. With `enable_gqa` Hk may
+    divide H. A query that keeps no key gives zero. Returns O [B, H, M, Dv], and with `return_lse` the natural log of each row's sum,
+    float32 [B, H, M], -inf where a head is off.
 
     Raises: OptionError for shapes or options that do not fit, DeviceError for tensors on different devices, InvalidProgram for a
     `keep` or `score` that is no function of positions."""
     if torch.compiler.is_dynamo_compiling():
-        _check(q, k, v, dropout_p, enable_gqa)
-        return _plain(q, k, v, None if keep is None else as_mask(keep), score, select, scale, dropout_p, return_lse)
-    declared = declare(q, k, v, keep=keep, score=score, select=select, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa)
+        _check(q, k, v, route, dropout_p, enable_gqa)
+        return plain(q, k, v, None if keep is None else as_mask(keep), score, select, route, scale, dropout_p, return_lse)
+    declared = declare(
+        q, k, v, keep=keep, score=score, select=select, route=route, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa
+    )
     operands = [q, k, v, *declared.captured]
     if dropout_p > 0.0:
         operands.append(torch.randint(-(2**62), 2**62, [1], dtype=torch.int64, device=q.device))
     o, lse, _ = torch.ops.attncompiler.attention.default(operands, [], declared.text, True)
     return (o, lse) if return_lse else o
-
-
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, keep: Mask | None, score: Score | None, select: TopKeys | None, scale: float | None,
-    dropout_p: float, return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The same in plain torch, for a function that is being compiled: this backend recognises it, others get what they can read."""
-    b, h, m, d = q.shape
-    n, groups = k.shape[2], h // k.shape[1]
-    if groups > 1:
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)) * (d**-0.5 if scale is None else float(scale))
-    batch = torch.arange(b, device=q.device)[:, None, None, None]
-    head = torch.arange(h, device=q.device)[:, None, None]
-    query, key = torch.arange(m, device=q.device)[:, None], torch.arange(n, device=q.device)
-    if score is not None:
-        scores = score(scores, batch, head, query, key)
-    if select is not None:
-        check(select, q, k)
-    if keep is None and select is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        kept = torch.ones((), dtype=torch.bool, device=q.device) if keep is None else keep.on(batch, head, query, key)
-        if select is not None:
-            kept = select.on(h, m) if keep is None else kept & select.on(h, m)
-        scores = torch.where(kept, scores, float("-inf"))
-        weights = torch.where(kept, torch.softmax(scores, -1), 0.0)  # a query without keys: zero, not NaN
-    out = torch.dropout(weights, dropout_p, dropout_p > 0.0) @ v
-    return (out, torch.logsumexp(scores, -1)) if return_lse else out
 
 
 def declare(
@@ -135,12 +110,25 @@ def declare(
     keep: Mask | Callable[..., Any] | None = None,
     score: Score | None = None,
     select: TopKeys | None = None,
+    route: HeadRoute | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
 ) -> Declared:
     """The program of a call of `attention`."""
-    _check(q, k, v, dropout_p, enable_gqa)
+    _check(q, k, v, route, dropout_p, enable_gqa)
+    unrouted = _unrouted(q, k, v, keep, score, select, scale, dropout_p)
+    if route is None:
+        return unrouted
+    gate, active = route.operands(q)
+    program, text = with_route(unrouted.program, DTYPES[gate.dtype], tuple(gate.shape), tuple(active.shape))
+    return Declared(program, text, (*unrouted.captured, gate, active))
+
+
+def _unrouted(
+    q: Tensor, k: Tensor, v: Tensor, keep: Mask | Callable[..., Any] | None, score: Score | None, select: TopKeys | None,
+    scale: float | None, dropout_p: float,
+) -> Declared:  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     key = (_shape(q), _shape(k), _shape(v), scale, dropout_p)
     if score is not None or select is not None or not (keep is None or (isinstance(keep, Mask) and keep.is_fixed)):
@@ -230,17 +218,21 @@ def _warn_of_nothing(mask: Mask, predicate: Expr, read: Captured, extents: dict[
         warnings.warn(
             f"the mask {mask} keeps no key for any of {b} x {h} x {m} queries over {n} keys: the output is zero\n"
             "  do:  see mask.show(B, H, M, N) of its parts; parts that exclude one another are joined by |, not &",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
 _WARNED: set[Hashable] = set()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, enable_gqa: bool) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, route: HeadRoute | None, dropout_p: float, enable_gqa: bool) -> None:
     check_vectors(q, k, v, enable_gqa)
     if not 0.0 <= dropout_p < 1.0:
         raise OptionError(f"dropout_p is {dropout_p}", do="give a probability from 0 to below 1")
+    if isinstance(route, HeadRoute):
+        route.check(q)
+    elif route is not None:
+        raise OptionError(f"route is {route!r}", do="give what attncompiler.route makes: route=attncompiler.route(gain)")
 
 
 def _check_captured(

@@ -1,8 +1,9 @@
 """A program whose heads are switched for each query -> one over the rows that are left, without a route.
 
 Of each batch and head the active queries are listed in `rows`, in their order, `count` of them. The program over places of that
-list reads `q_rows[b, h, q_idx]`, and all else that it asked of a query at `rows[b, h, q_idx]`. So positions stay those of tokens,
-and a tile past the end of a list keeps nothing.
+list reads what it read of a query alone, vectors and single elements, from copies by that list (`q_rows[b, h, q_idx]`); what it read
+of a query and a key lies where it lay, at `rows[b, h, q_idx]`. So positions stay those of tokens, and a tile past the end of a list
+keeps nothing.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ LENGTH = "rows_length"  # how long the lists are: as the longest needs, or as th
 
 @dataclass(frozen=True)
 class Compact:
-    """`program` reads each of `copies` (its name there) where the routed program read vectors of queries, and the lists `rows` and
-    `count`. `gain`: ONE, or a read of one element."""
+    """`program` reads each of `copies` (its name there) where the routed program read vectors of queries, each of `elements` where it
+    read one element of a query, and the lists `rows` and `count`. `gain`: ONE, or a read of one element."""
 
     program: Attention
     copies: tuple[tuple[str, Read], ...]
+    elements: tuple[tuple[str, Read], ...]
     rows: str
     count: str
     gain: Expr
@@ -58,10 +60,13 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
     position = Read(rows, (B, H, Q_IDX))
     lefts = dict.fromkeys(dot.left for e in (program.score, program.adjust) for dot in dots_of(e) if "q_idx" in axes_of(dot.left))
     copies = {read: _fresh(f"{read.tensor}_rows", taken) for read in lefts}
+    elements = {read: _fresh(f"{read.tensor}_rows", taken) for read in _elements(program)}
 
     def visit(expr: Expr) -> Expr | None:
         if isinstance(expr, Dot) and expr.left in copies:
             return Dot(Read(copies[expr.left], (B, H, Q_IDX)), expr.right)
+        if isinstance(expr, Read) and expr in elements:
+            return Read(elements[expr], (B, H, Q_IDX))
         if isinstance(expr, Uniform) and not expr.at:  # the draws of a query stay its own
             row = add(mul(add(mul(B, program.axes.h), H), program.axes.q_idx), position)
             return Uniform(expr.seed, (row, KV_IDX))
@@ -76,12 +81,34 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
         TensorDecl(name, program.decls[read.tensor].dtype, (b, h, length, _channels(program, read)))
         for read, name in copies.items()
     ]
+    new += [TensorDecl(name, _summed(program.decls[read.tensor].dtype), (b, h, length)) for read, name in elements.items()]
     new += [TensorDecl(rows, Dtype.I32, (b, h, length)), TensorDecl(count, Dtype.I32, (b, h))]
     used = {read.tensor for root in moved.expressions for read in reads_of(root)}
     tensors = tuple(decl for decl in (*program.tensors, *new) if decl.name in used)
-    return Compact(
-        replace(moved, tensors=tensors), tuple((name, read) for read, name in copies.items()), rows, count, program.route.gain
-    )
+    vectors, singles = (tuple((name, read) for read, name in found.items()) for found in (copies, elements))
+    return Compact(replace(moved, tensors=tensors), vectors, singles, rows, count, program.route.gain)
+
+
+def _elements(program: Attention) -> list[Read]:
+    """Single elements that are read of a query, and of no key: the outermost reads of such."""
+    found: dict[Read, None] = {}
+
+    def visit(expr: Expr) -> Expr | None:
+        if isinstance(expr, Dot):
+            return expr
+        if isinstance(expr, Read) and "q_idx" in axes_of(expr) and "kv_idx" not in axes_of(expr):
+            found[expr] = None
+            return expr
+        return None
+
+    for root in (program.score, program.keep.predicate, program.adjust, *program.weigh.extra):
+        transform(root, visit)
+    return list(found)
+
+
+def _summed(dtype: Dtype) -> Dtype:
+    """What a copy of elements is held in: their gradients are summed further."""
+    return Dtype.F32 if dtype in (Dtype.F16, Dtype.BF16) else dtype
 
 
 def without_route(program: Attention) -> Attention:

@@ -14,6 +14,7 @@ from attncompiler.ir.evaluate import integer
 from attncompiler.ir.expr import Q_IDX, ZERO, Axis, B, Expr, H, Read
 from attncompiler.ir.program import Route, TensorDecl
 from attncompiler.ir.verify import verify
+from attncompiler.passes.active_share import active_share
 from attncompiler.passes.activity import Builder, activity, spread_einsum
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import memory_root, writes
@@ -64,6 +65,7 @@ def lift_route(graph: Graph, site: Site) -> Site:
         program=routed,
         operands=tuple(operands),
         permutation=gated.order,
+        active_share=active_share(active),
         sizes=size_values(graph, routed.sizes),
     )
 
@@ -144,11 +146,14 @@ def _broadcasts(gate: Node, user: Node, o: Node, order: tuple[int, ...]) -> bool
 
 
 def _element(node: Node, order: tuple[int, ...], build: Builder) -> tuple[Node, tuple[Expr, ...]]:
-    """A gate without its channel, and how it is read over b, h and q_idx."""
-    shape = shape_of(node)
-    dims = list(order[4 - len(shape) :])
+    """A gate without its channel, as a view [b or 1, h or 1, q_idx or 1], and how it is read over b, h and q_idx."""
+    dims = list(order[4 - len(shape_of(node)) :])
     if _CHANNEL in dims:
         node = build(torch.ops.aten.select.int, node, dims.index(_CHANNEL), 0)
         dims.remove(_CHANNEL)
-        shape = shape_of(node)
-    return node, tuple(ZERO if same(size, 1) else _LETTERS[dim] for dim, size in zip(dims, shape, strict=True))
+    if dims != sorted(dims):
+        node = build(torch.ops.aten.permute.default, node, [dims.index(dim) for dim in sorted(dims)])
+    for letter in range(len(_LETTERS)):
+        if letter not in dims:
+            node = build(torch.ops.aten.unsqueeze.default, node, letter)
+    return node, tuple(ZERO if same(size, 1) else axis for axis, size in zip(_LETTERS, shape_of(node), strict=True))

@@ -87,6 +87,7 @@ class Site:
     recovered: tuple[Recovered, ...] = ()
     before: tuple[Phase, ...] = ()  # what computes the operands that the compiler made: selections
     unkept: tuple[UnkeptRows, ...] = ()  # what queries that keep no key give instead of 0, at most one
+    active_share: float = 1.0  # of pairs of a query and a head, how many are expected to be on, as far as is known
 
     @property
     def whole(self) -> Program:

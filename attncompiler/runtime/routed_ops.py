@@ -11,18 +11,17 @@ from torch.autograd.function import once_differentiable
 
 from attncompiler.codegen.lowerable import parse_lowerable
 from attncompiler.ir.expr import ONE
-from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention
 from attncompiler.runtime import lowering, routed
 from attncompiler.runtime.outputs import bind, new_outputs
 
 _LIBRARY = torch.library.Library("attncompiler", "FRAGMENT")
 _LIBRARY.define(
-    "routed_forward(Tensor[] operands, SymInt[] sizes, str program, bool heads_first=False) -> (Tensor, Tensor, Tensor, Tensor)"
+    "routed_forward(Tensor[] operands, SymInt[] sizes, str program, bool heads_first=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "routed_backward(Tensor[] operands, SymInt[] sizes, str program, Tensor o, Tensor lse, Tensor rcp, Tensor summed, "
-    "Tensor grad_o, Tensor? grad_lse, int[] wanted) -> Tensor[]"
+    "Tensor lists, Tensor count, Tensor grad_o, Tensor? grad_lse, int[] wanted) -> Tensor[]"
 )
 
 
@@ -34,15 +33,13 @@ def routed_attention(
         found: tuple[Tensor, ...] = _Routed.apply(sizes, program, heads_first, *operands)  # type: ignore[no-untyped-call]
     else:
         found = torch.ops.attncompiler.routed_forward.default(operands, sizes, program, heads_first)
-    o, lse, rcp, _ = found
-    return o, lse, rcp
+    return found[0], found[1], found[2]
 
 
 @torch.library.impl(_LIBRARY, "routed_forward", "CompositeExplicitAutograd")
-def routed_forward(
-    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `attention_forward`, and the rows that are left before their gain (routed.py)."""
+def routed_forward(operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False) -> tuple[Tensor, ...]:
+    """As `attention_forward`, and what the backward needs besides: the rows that are left before their gain, and the lists
+    (routed.py)."""
     parsed = parse_lowerable(program)
     return routed.forward(lowering, parsed, *bind(parsed, operands, sizes), heads_first)
 
@@ -50,37 +47,29 @@ def routed_forward(
 @torch.library.impl(_LIBRARY, "routed_backward", "CompositeExplicitAutograd")
 def routed_backward(
     operands: Sequence[Tensor], sizes: Sequence[int], program: str, o: Tensor, lse: Tensor, rcp: Tensor, summed: Tensor,
-    grad_o: Tensor, grad_lse: Tensor | None, wanted: Sequence[int],
+    lists: Tensor, count: Tensor, grad_o: Tensor, grad_lse: Tensor | None, wanted: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the operands whose places are in `wanted`, in that order."""
     parsed = parse_lowerable(program)
     names = [parsed.tensors[place].name for place in wanted]
     given = bind(parsed, operands, sizes)
-    found = routed.backward(lowering, parsed, *given, o, lse, rcp, summed, grad_o, grad_lse, frozenset(names))
+    found = routed.backward(lowering, parsed, *given, o, lse, rcp, summed, lists, count, grad_o, grad_lse, frozenset(names))
     return [found[name] for name in names]
 
 
 @torch.library.register_fake("attncompiler::routed_forward", lib=_LIBRARY)
-def _forward_fake(
-    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False) -> tuple[Tensor, ...]:
     parsed = parse_lowerable(program)
     tensors, numbers = bind(parsed, operands, sizes)
     o, lse, rcp = new_outputs(parsed, tensors, numbers, heads_first)
-    return o, lse, rcp, o.new_empty(_summed_shape(parsed, numbers, o))
-
-
-def _summed_shape(program: Attention, sizes: dict[str, int], o: Tensor) -> tuple[int, ...]:
-    if program.route.gain == ONE:
-        return (0,)
-    extents = extents_of(program, sizes)
-    return extents["b"], extents["h"], extents["q_idx"], o.shape[-1]
+    summed = o.new_empty(0 if parsed.route.gain == ONE else o.shape)
+    return o, lse, rcp, summed, o.new_empty((2, *o.shape[:3]), dtype=torch.int32), o.new_empty(o.shape[:2], dtype=torch.int32)
 
 
 @torch.library.register_fake("attncompiler::routed_backward", lib=_LIBRARY)
 def _backward_fake(
     operands: Sequence[Tensor], sizes: Sequence[int], program: str, o: Tensor, lse: Tensor, rcp: Tensor, summed: Tensor,
-    grad_o: Tensor, grad_lse: Tensor | None, wanted: Sequence[int],
+    lists: Tensor, count: Tensor, grad_o: Tensor, grad_lse: Tensor | None, wanted: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     return [operands[place].new_empty(operands[place].shape) for place in wanted]
 
@@ -100,13 +89,13 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *operands, o, lse, rcp, summed = ctx.saved_tensors
+        *operands, o, lse, rcp, summed, lists, count = ctx.saved_tensors
         program = parse_lowerable(ctx.program)
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o
         needed = ctx.needs_input_grad[3:]
         wanted = [i for i, decl in enumerate(program.tensors) if needed[i] and decl.name in program.differentiable]
         found = torch.ops.attncompiler.routed_backward.default(
-            operands, ctx.sizes, ctx.program, o, lse, rcp, summed, grad_o, grad_lse, wanted
+            operands, ctx.sizes, ctx.program, o, lse, rcp, summed, lists, count, grad_o, grad_lse, wanted
         )
         gradients: list[Tensor | None] = [None] * len(operands)
         for place, gradient in zip(wanted, found, strict=True):

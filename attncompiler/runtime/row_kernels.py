@@ -15,6 +15,7 @@ from attncompiler.runtime.launch import Constants, Launch
 from attncompiler.tuning.schedule import KernelSchedule
 
 _ROWS = 64  # of one program
+TILE = 256  # what reads rows by list reads whole tiles, of at most so many
 _LAUNCHES: dict[Hashable, Launch] = {}
 _MOST = 512  # launches remembered
 
@@ -57,28 +58,31 @@ def _list_rows(Active, Index, Count, Place, H, M, stride_b, stride_h, stride_m, 
         tl.store(Index + lists + place, tl.zeros([BLOCK], tl.int32) + last, mask=(place >= found) & (place < M))
 
 
-def list_rows(active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index [b, h, q_idx], count [b, h] and place [b, h, q_idx] of `active`, bool [b, h, q_idx]."""
+def list_rows(active: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists [2, b, h, q_idx] of `active`, bool [b, h, q_idx], index and places, and their lengths [b, h]; int32."""
     b, h, m = active.shape
-    index, place = torch.empty((2, b, h, m), dtype=torch.int32, device=active.device)
+    lists = torch.empty((2, b, h, m), dtype=torch.int32, device=active.device)
+    index, place = lists
     count = torch.empty((b, h), dtype=torch.int32, device=active.device)
     if active.numel():
         strides = dict(zip(("stride_b", "stride_h", "stride_m"), active.stride(), strict=True))
         tensors = {"Active": active.view(torch.uint8), "Index": index, "Count": count, "Place": place}
         _run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": 1024})
-    return index, count, place
+    return lists, count
 
 
 @triton.jit
-def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M, D, x_b, x_h, x_m, x_d, g_b, g_h, g_m,
-               ROWS: tl.constexpr, CHANNELS: tl.constexpr, GAINS: tl.constexpr, GRADS: tl.constexpr,
-               STATISTICS: tl.constexpr):  # fmt: skip
+def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M, D, x_b, x_h, x_m, x_d, g_b, g_h, g_m, a_b, a_h, a_m,
+               ROWS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, GAINS: tl.constexpr, GRADS: tl.constexpr,
+               STATISTICS: tl.constexpr, FILL: tl.constexpr):  # fmt: skip
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     pair = tl.program_id(1)
     b = (pair // H).to(tl.int64)
     h = (pair % H).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    listed = place < tl.load(Count + pair)
+    count = tl.load(Count + pair)
+    listed = place < count
+    written = place < (M if FILL else tl.minimum((count + TILE - 1) // TILE * TILE, M))
     rows = pair.to(tl.int64) * M + place
     query = tl.load(Index + rows, mask=listed, other=0).to(tl.int64)
     if STATISTICS:
@@ -91,31 +95,31 @@ def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M,
     if GRADS:
         summed = tl.load(Summed + rows[:, None] * D + channels[None, :], mask=listed[:, None] & inside, other=0.0)
         along = tl.sum(x.to(wide) * summed.to(wide), 1)
-        tl.store(GradGain + pair.to(tl.int64) * M + query, along, mask=listed)
+        tl.store(GradGain + b * a_b + h * a_h + query * a_m, along.to(GradGain.dtype.element_ty), mask=listed)
     if GAINS:
         gain = tl.load(Gain + b * g_b + h * g_h + query * g_m, mask=listed, other=0.0)
         x = x.to(wide) * gain.to(wide)[:, None]
-    tl.store(Out + rows[:, None] * D + channels[None, :], x.to(Out.dtype.element_ty), mask=(place[:, None] < M) & inside)
+    tl.store(Out + rows[:, None] * D + channels[None, :], x.to(Out.dtype.element_ty), mask=written[:, None] & inside)
 
 
 def take_rows(
-    x: Tensor, index: Tensor, count: Tensor, gain: Tensor | None = None, summed: Tensor | None = None, lse: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows of x [b, h, q_idx, D] by list, times a gain of each [b, h, q_idx]. For `summed` [b, h, q_idx, D], by list, also its
-    product with each row before the gain [b, h, q_idx], float32 or for float64 itself, where the row came from, 0 elsewhere. And lse by
-    list, as [b, h, q_idx]; all are 0 past the end of a list."""
+    x: Tensor, index: Tensor, count: Tensor, gain: Tensor | None = None, summed: Tensor | None = None, along: Tensor | None = None,
+    lse: Tensor | None = None, fill: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Rows of x [b, h, q_idx, D] by list, times a gain of each [b, h, q_idx]; and lse by list, as [b, h, q_idx]. Past the end of a
+    list 0, without `fill` only as far as what reads tiles can come. For `summed` [b, h, q_idx, D], by list, its product with each
+    row before the gain is put into `along` [b, h, q_idx], where the row came from."""
     b, h, m, d = x.shape
     out = torch.empty((b, h, m, d), dtype=x.dtype, device=x.device)
-    along = None if summed is None else torch.zeros((b, h, m), dtype=_wide(x), device=x.device)
     lse_rows = None if lse is None else torch.empty_like(lse)
-    gain_strides = (0, 0, 0) if gain is None else gain.stride()
     if x.numel():
         tensors = {"X": x, "Out": out, "Index": index, "Count": count, "Gain": gain, "Summed": summed, "GradGain": along,
                    "Lse": lse, "LseRows": lse_rows}  # fmt: skip
-        constants = {"H": h, "M": m, "D": d, **_strides("x", x.stride()), **_strides("g", gain_strides), "GAINS": gain is not None,
-                     "GRADS": summed is not None, "STATISTICS": lse is not None}  # fmt: skip
-        _run(_take_rows, (triton.cdiv(m, _ROWS), b * h), tensors, {**constants, **_tile(d)})
-    return out, along, lse_rows
+        strides = {**_strides("x", x.stride()), **_strides("g", _or_none(gain)), **_strides("a", _or_none(along))}
+        variant = {"GAINS": gain is not None, "GRADS": along is not None, "STATISTICS": lse is not None, "FILL": fill}
+        constants = {"H": h, "M": m, "D": d, **strides, "TILE": TILE, **variant, **_tile(d)}
+        _run(_take_rows, (triton.cdiv(m, _ROWS), b * h), tensors, constants)
+    return out, lse_rows
 
 
 @triton.jit
@@ -165,18 +169,17 @@ def put_rows_into(
     """As `put_rows`, into `out` [b, h, q_idx, D] of any strides with dense channels, every row of which is written. Returns lse."""
     b, h, m, d = x.shape
     lse = None if lse_rows is None else torch.empty_like(lse_rows)
-    gain_strides = (0, 0, 0) if gain is None else gain.stride()
     if x.numel():
         tensors = {"X": x, "Out": out, "Place": place, "Gain": gain, "LseRows": lse_rows, "Lse": lse}
-        constants = {"H": h, "M": m, "D": d, **_strides("o", out.stride()[:3]), **_strides("g", gain_strides), "GAINS": gain is not None,
+        constants = {"H": h, "M": m, "D": d, **_strides("o", out.stride()[:3]), **_strides("g", _or_none(gain)), "GAINS": gain is not None,
                      "STATISTICS": lse is not None, "NAN_IF_EMPTY": nan_if_empty}  # fmt: skip
         _run(_put_rows, (triton.cdiv(m, _ROWS), b * h), tensors, {**constants, **_tile(d)})
     return lse
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """What products of rows are computed in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _or_none(x: Tensor | None) -> tuple[int, ...]:
+    """Strides over b, h and q_idx; 0 for what is not there."""
+    return (0, 0, 0) if x is None else x.stride()
 
 
 def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:

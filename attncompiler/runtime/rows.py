@@ -13,11 +13,22 @@ from attncompiler.runtime import row_kernels
 @dataclass(frozen=True)
 class Rows:
     """The active queries of each batch and head: the first `count` [b, h] of `index` [b, h, rows_length], ascending; past these
-    comes the last again (0 where there is none). `place` [b, h, q_idx]: where a query stands in its list, -1 if in none. int32."""
+    comes the last again (0 where there is none). `place` [b, h, q_idx]: where a query stands in its list, -1 if in none. int32.
+    `lists`: what `of` takes."""
 
     index: Tensor
     count: Tensor
     place: Tensor
+    lists: Tensor
+
+    @staticmethod
+    def of(lists: Tensor, count: Tensor) -> Rows:
+        """From `lists` [2, b, h, q_idx]: the index as long as there are queries, and the places. On a GPU all of the index is used, so
+        that nothing waits for a length."""
+        index, place = lists
+        if not count.is_cuda:
+            index = index[..., : int(count.max()) if count.numel() else 0]
+        return Rows(index, count, place, lists)
 
     @property
     def length(self) -> int:
@@ -31,6 +42,14 @@ class Rows:
         if x.dim() == 4:
             index, ended = index[..., None].expand(-1, -1, -1, x.shape[3]), ended[..., None]
         return x.expand(b, h, *x.shape[2:]).gather(2, index).masked_fill_(ended, 0.0)
+
+    def take_elements(self, x: Tensor) -> Tensor:
+        """[b or 1, h or 1, q_idx or 1] -> [b, h, rows_length]; past the end of a list the last again, so that what is proved of a tile
+        is proved of its rows."""
+        b, h = self.count.shape
+        x = x.expand(b, h, self.place.shape[2])
+        over_b, over_h = torch.arange(b, device=x.device)[:, None, None], torch.arange(h, device=x.device)[:, None]
+        return x[over_b, over_h, self.index]
 
     def put(self, x: Tensor, elsewhere: float = 0.0) -> Tensor:
         """[b, h, rows_length(, D)] -> [b, h, q_idx(, D)], `elsewhere` where a query is in no list."""
@@ -49,9 +68,8 @@ class Rows:
             out.copy_(self.put(x))
 
     def take_vectors(self, x: Tensor) -> Tensor:
-        """As `take`, of x [b or 1, h or 1, q_idx, D]."""
-        x = x.expand(*self.count.shape, *x.shape[2:])
-        return row_kernels.take_rows(x, self.index, self.count)[0] if x.is_cuda else self.take(x)
+        """As `take`, of x [b, h, q_idx, D]; further past the end of a list than a tile it may hold anything."""
+        return row_kernels.take_rows(x, self.index, self.count, fill=False)[0] if x.is_cuda else self.take(x)
 
     def put_vectors(
         self, x: Tensor, lse_rows: Tensor, gain: Tensor | None = None, nan_if_empty: bool = False, heads_first: bool = True
@@ -66,30 +84,31 @@ class Rows:
         return o if heads_first else o.transpose(1, 2).contiguous().transpose(1, 2), self.put(lse_rows, float("-inf"))
 
     def take_gradients(
-        self, grad: Tensor, lse: Tensor, gain: Tensor | None, summed: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The gradients of O by list, each times its gain; lse by list; and for `summed`, O before the gain by list, the gradients
-        of the gains [b, h, q_idx]."""
+        self, grad: Tensor, lse: Tensor, gain: Tensor | None, summed: Tensor | None, along: Tensor | None, fill: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of O by list, each times its gain, and lse by list. For `summed`, O before the gain by list, the gradients of the
+        gains are put into `along` [b, h, q_idx], which is 0 before. Without `fill` the gradients may hold anything further past the end
+        of a list than a tile."""
         if grad.is_cuda:
-            taken, along, lse_rows = row_kernels.take_rows(grad, self.index, self.count, gain, summed, lse)
+            taken, lse_rows = row_kernels.take_rows(grad, self.index, self.count, gain, summed, along, lse, fill)
             assert lse_rows is not None
-            return taken, lse_rows, along
+            return taken, lse_rows
         taken = self.take(grad)
-        along = None if summed is None else self.put((taken.to(lse.dtype) * summed.to(lse.dtype)).sum(-1))
-        return (taken if gain is None else (taken * self.take(gain)[..., None]).to(grad.dtype)), self.take(lse), along
+        if along is not None and summed is not None:
+            along.copy_(self.put((taken.to(lse.dtype) * summed.to(lse.dtype)).sum(-1)))
+        return taken if gain is None else (taken * self.take(gain)[..., None]).to(grad.dtype), self.take(lse)
 
 
 def rows_of(active: Tensor) -> Rows:
-    """The lists of `active`, bool [b, h, q_idx]. On a GPU they are as long as there are queries, so that nothing waits."""
+    """The lists of `active`, bool [b, h, q_idx]."""
     if active.is_cuda:
-        return Rows(*row_kernels.list_rows(active))
+        return Rows.of(*row_kernels.list_rows(active))
     number = active.cumsum(2, dtype=torch.int32)
     m = active.shape[2]
-    count = number[..., -1] if m else number.new_zeros(active.shape[:2])
-    length = int(count.max()) if count.numel() else 0
+    count = number[..., -1].contiguous() if m else number.new_zeros(active.shape[:2])
     place = torch.where(active, number - 1, -1)
-    slot = torch.where(active, place, length).long()
+    slot = torch.where(active, place, m).long()
     tokens = torch.arange(m, dtype=torch.int32, device=active.device).expand_as(place)
-    index = torch.zeros(*active.shape[:2], length + 1, dtype=torch.int32, device=active.device).scatter_(2, slot, tokens)
-    index = index[..., :length].cummax(2).values  # ascending, so the last goes on
-    return Rows(index.contiguous(), count.contiguous(), place)
+    index = torch.zeros(*active.shape[:2], m + 1, dtype=torch.int32, device=active.device).scatter_(2, slot, tokens)
+    index = index[..., :m].cummax(2).values if m else index[..., :m]  # ascending, so the last goes on
+    return Rows.of(torch.stack([index, place]), count)

@@ -14,6 +14,7 @@ from attncompiler.zoo import (
     gna,
     halonet,
     lightning,
+    moh,
     packed_documents,
     prefix_lm,
     prflash,
@@ -28,7 +29,7 @@ from attncompiler.zoo.system import Example, Size, System
 __all__ = ["LINEAR", "SELECTED", "SYSTEMS", "Example", "Size", "System", "system_named"]
 
 _FILES = (
-    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash,
+    gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash, moh,
 )  # fmt: skip
 SYSTEMS: Mapping[str, System] = {system.name: system for file in _FILES for system in file.SYSTEMS}
 # keys chosen from the data: what chooses them is in the plain form's graph, and an operand of the declared one

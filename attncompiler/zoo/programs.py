@@ -31,7 +31,7 @@ from attncompiler.ir.expr import (
     transform,
 )
 from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention
+from attncompiler.ir.program import Attention, Route
 from attncompiler.ir.text import expr_text, parse
 from attncompiler.passes.plan import TilePlan, build_plan, count_kept
 from attncompiler.passes.site import Site
@@ -76,7 +76,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.ops.attncompiler.attention_forward.default:
+        routed = func is torch.ops.attncompiler.routed_forward.default
+        if not routed and func is not torch.ops.attncompiler.attention_forward.default:
             return func(*args, **(kwargs or {}))
         operands, sizes, text = args[:3]
         program = parse(text)
@@ -86,7 +87,8 @@ class _Watch(TorchDispatchMode):
         b, h, m, _ = call.extents
         value = call.operands[program.sum.tensor]
         zero = value.new_zeros(())
-        return zero.expand(b, h, m, value.shape[-1]), zero.float().expand(b, h, m), zero.float().expand(0)
+        o, lse, rcp = zero.expand(b, h, m, value.shape[-1]), zero.float().expand(b, h, m), zero.float().expand(0)
+        return (o, lse, rcp, o, lse, lse) if routed else (o, lse, rcp)  # the rest serves a backward alone
 
 
 def declared(form: Form, example: Example) -> list[Call]:
@@ -173,8 +175,17 @@ def essence(program: Attention, through_views: bool = False) -> str:
         program,
         score=substitute(program.score, ones),
         keep=replace(program.keep, predicate=substitute(program.keep.predicate, ones)),
+        route=Route(substitute(program.route.active, ones), substitute(program.route.gain, ones)),
     )
-    for root in (plain.score, plain.sum, plain.keep.predicate, *plain.weigh.extra, plain.adjust):
+    for root in (
+        plain.score,
+        plain.sum,
+        plain.keep.predicate,
+        *plain.weigh.extra,
+        plain.adjust,
+        plain.route.gain,
+        plain.route.active,
+    ):
         for read in reads_of(root):
             names.setdefault(read.tensor, f"t{len(names)}")
     value = substitute(plain.sum, ones)
@@ -186,5 +197,6 @@ def essence(program: Attention, through_views: bool = False) -> str:
         "weigh": ", ".join(expr_text(transform(extra, lone)) for extra in plain.weigh.extra),
         "adjust": expr_text(transform(plain.adjust, lone)),
         "sum": expr_text(vector(value)),
+        "route": " where ".join(expr_text(transform(e, lone)) for e in (plain.route.gain, plain.route.active)),
     }
     return "\n".join(f"{name:8}{text}" for name, text in clauses.items())

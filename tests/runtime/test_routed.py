@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,8 @@ from attncompiler.passes.compact_rows import compact_rows
 from attncompiler.runtime import lowering as chosen
 from attncompiler.runtime import routed, row_kernels, triton_launch
 from attncompiler.runtime.rows import rows_of
+from attncompiler.tuning.schedule import choose_schedule
+from attncompiler.tuning.target import TARGETS, Target
 from tests.programs import PROGRAMS, judge_on, operands, program
 
 GATED = "gate[b, q_idx, h] where on[b, q_idx, h]"
@@ -35,16 +37,15 @@ class Lowered:
     """A lowering of programs with a route, with the signature of one without."""
 
     lowering: ModuleType
-    summed: list[Tensor] = field(default_factory=list)
+    saved: list[Tensor] = field(default_factory=list)
 
     def forward(self, p: Attention, made: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
-        *found, summed = routed.forward(self.lowering, p, made, sizes, False)
-        self.summed = [summed]
-        return tuple(found)
+        o, lse, rcp, *self.saved = routed.forward(self.lowering, p, made, sizes, False)
+        return o, lse, rcp
 
     def backward(self, p: Attention, made: Mapping[str, Tensor], sizes: Mapping[str, int], o: Tensor, lse: Tensor, rcp: Tensor,
                  *rest: Any) -> dict[str, Tensor]:  # fmt: skip
-        return routed.backward(self.lowering, p, made, sizes, o, lse, rcp, *self.summed, *rest)
+        return routed.backward(self.lowering, p, made, sizes, o, lse, rcp, *self.saved, *rest)
 
 
 def routed_program(name: str, route: str, m: int, n: int, d: int, dv: int, dtype: str = "f32") -> Attention:
@@ -70,18 +71,49 @@ def test_long_sequences(name: str) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["plain", "window", "empty rows give 0", "dropout", "a term of each query", "bias of each key"])
+@pytest.mark.parametrize("name", ["window", "empty rows give 0", "dropout", "a term of each query"])
 def test_kernels(name: str) -> None:
     judge(triton_launch, routed_program(name, "gated", 150, 70, 16, 24))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["plain", "documents", "pair bias and slopes", "bias of each key"])
+def test_kernels_of_few_queries(name: str) -> None:
+    judge(triton_launch, routed_program(name, "gated", 9, 33, 16, 24))
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("sizes", [(257, 300, 80, 48), (600, 700, 128, 128), (1, 129, 128, 128)], ids=str)
-def test_on_the_gpu(sizes: tuple[int, int, int, int], name: str, route: str, dtype: str) -> None:
-    judge(chosen, routed_program(name, route, *sizes, dtype), "cuda")  # what has no kernel there runs in torch
+def test_every_program_has_a_kernel(name: str, route: str) -> None:
+    assert not chosen.unsupported(routed_program(name, route, 48, 33, 16, 24, "bf16"))
+
+
+READS = {
+    "a bias by query in half precision": (" + bias[b, q_idx]", ", bias: {dtype}[2, {m}]"),
+    "a table by position": (" + table[q_idx % 5] * q_idx", ", table: f32[5]"),
+    "a list within a read": (" + listed[order[q_idx]]", ", order: i32[{m}], listed: f32[9]"),
+    "one tensor in two ways": (" + twice[0, q_idx] - twice[b, 3]", ", twice: {dtype}[2, {m}]"),
+    "pairs that heads share": (" + pairs[q_idx, kv_idx]", ", pairs: f32[{m}, {n}]"),
+    "keys before queries": (" + turned[b, kv_idx, h, q_idx]", ", turned: f32[2, {n}, 4, {m}]"),
+}
+
+
+def with_reads(names: Iterable[str], m: int, n: int) -> Attention:
+    """A routed program whose score has further terms."""
+    lines = to_text(routed_program("window", "gated", m, n, 16, 16)).splitlines()
+    terms, reads = ("".join(READS[name][place].format(m=m, n=n, dtype="f16") for name in names) for place in (0, 1))
+    added = {"read": reads, "score": terms}
+    return verify(parse("\n".join(line + added.get(line.split()[0], "") for line in lines)))
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_what_a_score_reads_of_a_query(reads: str) -> None:
+    judge(portable, with_reads([reads], 40, 33))
+
+
+@pytest.mark.interpreted
+def test_kernels_read_all_of_it() -> None:
+    judge(triton_launch, with_reads(READS, 20, 33))
 
 
 @pytest.mark.parametrize("kept", [0.0, 1.0], ids=["all off", "all on"])
@@ -100,8 +132,9 @@ def test_what_is_off_is_not_read() -> None:
     made["on"][1, 7] = False
     on = made["on"].transpose(1, 2)
     made["q"][~on], made["gate"][~made["on"]] = torch.nan, torch.nan
-    o, lse, rcp, summed = routed.forward(portable, p, made, {}, True)
-    grads = routed.backward(portable, p, made, {}, o, lse, rcp, summed, torch.ones_like(o), None, frozenset(p.differentiable))
+    saved = routed.forward(portable, p, made, {}, True)
+    o, lse = saved[:2]
+    grads = routed.backward(portable, p, made, {}, *saved, torch.ones_like(o), None, frozenset(p.differentiable))
     assert (o[~on] == 0).all() and (lse[~on] == -torch.inf).all() and o.isfinite().all()
     assert all(grad.isfinite().all() for grad in grads.values())
     assert (grads["q"][~on] == 0).all() and (grads["gate"][~made["on"]] == 0).all()
@@ -147,26 +180,45 @@ def test_the_kernels_that_move_rows(nan_if_empty: bool, dtype: torch.dtype) -> N
     """Against torch, with strides, more rows than a program moves, and lists that end anywhere."""
     active = torch.rand(2, 150, 3).transpose(1, 2) > 0.4
     active[0, 1] = False
-    rows, listed = rows_of(active), row_kernels.list_rows(active)
-    longest = rows.length
-    assert torch.equal(listed[0][..., :longest], rows.index) and torch.equal(listed[1], rows.count)
-    assert torch.equal(listed[2], rows.place)
+    rows, (lists, count) = rows_of(active), row_kernels.list_rows(active)
+    longest, (index, place) = rows.length, lists
+    assert torch.equal(index[..., :longest], rows.index) and torch.equal(count, rows.count) and torch.equal(lists, rows.lists)
     x, gain = torch.randn(2, 150, 3, 48, dtype=dtype).transpose(1, 2)[..., ::2], torch.randn(2, 150, 3, dtype=dtype).transpose(1, 2)
     lse, summed = torch.randn(2, 3, 150, dtype=dtype), torch.randn(2, 3, 150, 24, dtype=dtype)
-    expected = rows.take_gradients(x, lse, gain, summed[:, :, :longest])
-    found = row_kernels.take_rows(x, listed[0], listed[1], gain, summed, lse)
-    torch.testing.assert_close((found[0][:, :, :longest], found[2][..., :longest], found[1]), expected)  # type: ignore[index]
+    along, by_kernel = (torch.zeros(2, 150, 3, dtype=torch.float32).transpose(1, 2) for _ in range(2))
+    expected = rows.take_gradients(x, lse, gain, summed[:, :, :longest], along, True)
+    found = row_kernels.take_rows(x, index, count, gain, summed, by_kernel, lse)
+    torch.testing.assert_close((found[0][:, :, :longest], found[1][..., :longest], by_kernel), (*expected, along))  # type: ignore[index]
     assert not found[0][:, :, longest:].any()
     taken, lse_rows = rows.take(x), rows.take(lse).masked_fill(rows.index % 5 == 0, -torch.inf)
     for heads_first in (True, False):
         put = rows.put_vectors(taken, lse_rows, gain, nan_if_empty, heads_first)
         padded = torch.nn.functional.pad(taken, (0, 0, 0, 150 - longest)), torch.nn.functional.pad(lse_rows, (0, 150 - longest))
-        ours = row_kernels.put_rows(padded[0], listed[2], gain, padded[1], nan_if_empty, heads_first)
+        ours = row_kernels.put_rows(padded[0], place, gain, padded[1], nan_if_empty, heads_first)
         torch.testing.assert_close(ours, put, equal_nan=True)
         assert ours[0].stride() == put[0].stride()
     into = torch.full((2, 150, 3, 24), torch.nan, dtype=dtype).transpose(1, 2)
-    row_kernels.put_rows_into(into, padded[0], listed[2])
+    row_kernels.put_rows_into(into, padded[0], place)
     torch.testing.assert_close(into, rows.put(taken))
+
+
+@pytest.mark.interpreted
+def test_rows_past_the_end_are_left_but_for_a_tile() -> None:
+    """Where nothing reads them; the values of what is left are whatever the memory held."""
+    active = torch.arange(700).expand(1, 2, 700) < torch.tensor([[[0], [257]]])
+    lists, count = row_kernels.list_rows(active)
+    x = torch.randn(1, 2, 700, 16)
+    taken, _ = row_kernels.take_rows(x, lists[0], count, fill=False)
+    assert taken[0, 0].isnan().all()  # memory of tests is full of NaN
+    assert torch.equal(taken[0, 1, :257], x[0, 1, :257]) and not taken[0, 1, 257:512].any() and taken[0, 1, 512:].isnan().all()
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_no_kernel_reads_more_rows_at_once_than_are_filled(target: Target) -> None:
+    for d, dtype in ((16, "bf16"), (128, "bf16"), (256, "f16"), (128, "f32")):
+        compact = chosen.in_kernels(routed_program("window", "gated", 600, 700, d, d, dtype))
+        schedule = choose_schedule(compact, target, target.descriptors)
+        assert all(row_kernels.TILE % schedule.of(k).block_m == 0 for k in ("forward", "backward_queries", "backward_keys"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -336,9 +336,64 @@ def prflash(r: random.Random) -> Case:
     return Example([*qkv(r, n, heads), torch.tensor(kept)], {"block": block}), reference
 
 
+def head_gates(p: Tensor, k: int, total: float) -> Tensor:
+    """The k largest of p [.., R], scaled to sum to `total`, one token after the other; 0 elsewhere."""
+    flat = p.reshape(-1, p.shape[-1])
+    out = []
+    for token in flat:
+        chosen = sorted(range(len(token)), key=lambda r: -token[r].item())[:k]
+        sum_of_chosen = sum(token[r] for r in chosen)
+        out.append(torch.stack([total * token[r] / sum_of_chosen if r in chosen else 0.0 * token[r] for r in range(len(token))]))
+    return torch.stack(out).reshape(p.shape)
+
+
+def moh(with_shared: bool) -> Callable[[random.Random], Case]:
+    def case(r: random.Random) -> Case:
+        n, routed, shared, c = r.randint(1, 30), r.randint(2, 5), r.randint(1, 3) * with_shared, 8
+        chosen = r.randint(1, routed)
+
+        def reference(q: Tensor, k: Tensor, v: Tensor, x: Tensor, w_routed: Tensor, *others: Tensor) -> Tensor:
+            o = rows(q, k, v, lambda b, h, i: range(n))
+            gates = head_gates((x @ w_routed.mT).softmax(-1), chosen, chosen)
+            if with_shared:
+                shares, mix = ((x @ w.mT).softmax(-1) for w in others)
+                gates = torch.cat([2 * mix[..., :1] * shared * shares, 2 * mix[..., 1:] * gates], -1)
+            heads = [gates[:, :, h, None] * o[:, h] for h in range(q.shape[1])]
+            return torch.cat(heads, -1)
+
+        weights = [(routed, c), *[(shared, c), (2, c)] * with_shared]
+        return Example([*qkv(r, n, shared + routed, batch=2), (2, n, c), *weights], {"chosen": chosen}), reference
+
+    return case
+
+
+def moh_llama(r: random.Random) -> Case:
+    n, group, shared, routed, d = r.randint(1, 30), 2, 4, r.choice([4, 6]), 8
+    heads, chosen = shared + routed, r.randint(1, routed)
+
+    def turned(x: Tensor) -> Tensor:
+        """Channels c and c + d / 2 are a complex number."""
+        number = torch.complex(*x.chunk(2, -1))
+        turns = [[i * 500000.0 ** -(2 * c / d) for c in range(d // 2)] for i in range(n)]
+        number = number * torch.polar(torch.ones(n, 1, d // 2, dtype=x.dtype), torch.tensor(turns, dtype=x.dtype)[:, None])
+        return torch.cat([number.real, number.imag], -1)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths = q[:, :, shared:].square().sum(-1).sqrt().detach()
+        deviation = ((lengths - lengths.mean(-1, keepdim=True)).square().sum(-1, keepdim=True) / (routed - 1)).sqrt()
+        on = head_gates((lengths / deviation).softmax(-1), chosen, 1.0) > 0
+        given = (t.transpose(1, 2) for t in (turned(q), turned(k), v))
+        o = rows(*given, lambda b, h, i: range(i + 1))
+        parts = [o[:, h] if h < shared else torch.where(on[:, :, h - shared, None], o[:, h], 0.0) for h in range(heads)]
+        return torch.cat(parts, -1)
+
+    return Example([(1, n, heads, d), *[(1, n, heads // group, d)] * 2], {"shared": shared, "chosen": chosen}), reference
+
+
 CASES: dict[str, Callable[[random.Random], Case]] = {
     "gna-1d": gna(1), "gna-2d": gna(2), "gna-3d": gna(3), "fna": fna, "fna-bias": fna_bias, "clear": clear(True),
     "clear-image": clear(False), "radial": radial, "halonet": halonet, "halonet-masked": halonet_masked,
     "davit-window": davit_window, "davit-channel": davit_channel, "rat": rat, "s2": s2, "sliding-window": sliding_window,
     "attention-sinks": attention_sinks, "prefix-lm": prefix_lm, "packed-documents": packed_documents, "prflash": prflash,
+    "moh": moh(True), "moh-routed": moh(False), "moh-llama": moh_llama,
 }  # fmt: skip
