@@ -80,7 +80,7 @@ def _of_all_queries(program: Attention, chosen: Member) -> Selected:
     places = size_expr(shape_of(indices)[chosen.topk.dim])
     shape = tuple(size_expr(size) for size in shape_of(indices))
     filled = apply("ge", picked, ZERO) if chosen.kept else TRUE
-    listed = over_list(_without(program, chosen.part), picked, filled, places, (TensorDecl(name, Dtype.I64, shape),))
+    listed = over_list(_without(program, chosen.part), picked, filled, places, (TensorDecl(name, Dtype.I32, shape),))
     rows, index, sizes = _axes_of_rows(tuple(size_expr(size) for size in shape_of(rank)), chosen.topk.dim)
     largest = TopK(Read("rank", index), places, (_KEY,))
     tables = [Table("largest", index, largest)]
@@ -139,7 +139,7 @@ def _of_each_query(program: Attention, ranked: Prefix) -> Selected:
     picked, until = Read(picked_name, index), Read(until_name, index)
     node = ranked.operand.node
     sizes = [size_expr(size) for at, size in enumerate(shape_of(node)) if at != place]
-    decls = tuple(TensorDecl(name, Dtype.I64, (*sizes, ranked.places)) for name in (picked_name, until_name))
+    decls = tuple(TensorDecl(name, Dtype.I32, (*sizes, ranked.places)) for name in (picked_name, until_name))
     still = conj(apply("ge", picked, ZERO), apply("le", picked, ranked.last), apply("lt", Axis("q_idx"), until))
     listed = over_list(_without(program, ranked.part), picked, still, ranked.places, decls)
     lists = {

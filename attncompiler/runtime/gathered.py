@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attncompiler.codegen.vectors import simple_places, view_vectors
 from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import (
     KV_IDX,
@@ -27,23 +28,29 @@ from attncompiler.ir.expr import (
     H,
     Read,
     add,
+    apply,
     axes_of,
+    conjuncts,
     floordiv,
     reads_of,
     transform,
     walk,
 )
 from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention, TensorDecl, each_clause
+from attncompiler.ir.program import Attention, Empty, TensorDecl, each_clause
+from attncompiler.runtime.key_kernels import put_keys, take_keys
 
 
 @dataclass(frozen=True)
 class Gather:
-    """`name` [b or 1, groups of h or 1, kv_idx(, channels)] holds what `read` reads; a group is `group` heads."""
+    """`name` [b or 1, groups of h or 1, kv_idx(, channels)] holds what `read` reads; a group is `group` heads.
+
+    `guarded`: the mask keeps out what its list has below 0."""
 
     name: str
     read: Read
     group: int
+    guarded: bool
 
     def shape(self, extents: Mapping[str, int]) -> tuple[int, int, int]:
         """Batches, groups and keys of the copy."""
@@ -69,6 +76,45 @@ class Gather:
             for entry, length in zip(self.read.index, lengths, strict=False)
         )
 
+    def taken(self, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int]) -> Tensor:
+        """The copy."""
+        source = given[self.read.tensor]
+        rows = self._rows(given, sizes, extents, source) if source.is_cuda else None
+        if rows is None:
+            return source[self.index(given, sizes, extents)]
+        copy = take_keys(*rows, self.shape(extents), self.guarded)
+        return copy if len(self.read.index) < source.dim() else copy.squeeze(3)
+
+    def put(
+        self, into: Tensor, gradient: Tensor, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int],
+        is_zero: bool,
+    ) -> None:  # fmt: skip
+        """Add the gradient of the copy to that of the operand, which `is_zero` so far or not."""
+        rows = self._rows(given, sizes, extents, into) if into.is_cuda and is_zero else None
+        if rows is None or rows[0].shape[:2] != gradient.shape[:2]:  # else no row of the operand is in two lists
+            into.index_put_(self.index(given, sizes, extents), gradient, accumulate=True)
+        else:
+            put_keys(rows[0], gradient.reshape(*self.shape(extents), -1), rows[1], self.guarded)
+
+    def _rows(
+        self, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int], source: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """`source` as [b or 1, groups, N, channels] and the lists as [b or 1, groups, kv_idx]; None where they are not so simple."""
+        lists = [entry for entry in self.read.index if isinstance(entry, Read)]
+        whole = Read(self.read.tensor, tuple(KV_IDX if isinstance(entry, Read) else entry for entry in self.read.index))
+        if len(lists) != 1 or not all(simple_places(read, KV_IDX) for read in (whole, lists[0])):
+            return None
+        place = next(at for at, entry in enumerate(self.read.index) if isinstance(entry, Read))
+
+        def shown(read: Read, tensor: Tensor, length: int) -> Tensor:
+            return view_vectors(read, tensor, KV_IDX, Block({}, sizes, {**extents, "kv_idx": length}, {}, torch.float32)).tensor
+
+        vectors = source if len(self.read.index) < source.dim() else source.unsqueeze(-1)
+        rows = shown(whole, vectors, source.shape[place])
+        keys = shown(lists[0], given[lists[0].tensor].unsqueeze(-1), extents["kv_idx"]).squeeze(-1)
+        groups = self.shape(extents)[1]
+        return (rows, keys) if groups % rows.shape[1] == 0 and groups % keys.shape[1] == 0 else None
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -80,7 +126,7 @@ class Gathered:
     def operands(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """The operands of `program`, from those of the program that reads through lists."""
         extents = extents_of(self.program, sizes)
-        copies = {gather.name: given[gather.read.tensor][gather.index(given, sizes, extents)] for gather in self.gathers}
+        copies = {gather.name: gather.taken(given, sizes, extents) for gather in self.gathers}
         return {decl.name: copies[decl.name] if decl.name in copies else given[decl.name] for decl in self.program.tensors}
 
     def outlines(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -103,11 +149,14 @@ class Gathered:
     ) -> dict[str, Tensor]:
         """The gradients of the operands `names`, from those of `program`: rows go back to where they lay."""
         extents = extents_of(self.program, sizes)
-        totals = {name: found[name] if name in found else given[name].new_zeros(given[name].shape) for name in names}
+        totals = {name: found[name] for name in names if name in found}
         for gather in self.gathers:
             name = gather.read.tensor
             if name in names:
-                totals[name].index_put_(gather.index(given, sizes, extents), found[gather.name], accumulate=True)
+                is_zero = name not in totals
+                if is_zero:
+                    totals[name] = given[name].new_zeros(given[name].shape)
+                gather.put(totals[name], found[gather.name], given, sizes, extents, is_zero)
         return totals
 
 
@@ -121,7 +170,7 @@ def gathered(program: Attention) -> Gathered:
         wish = f"{read.tensor}_kept"
         name = next(n for i in range(len(listed) + 1) if (n := wish if i == 0 else f"{wish}{i + 1}") not in names)
         names.add(name)
-        gathers.append(Gather(name, read, _group(read)))
+        gathers.append(Gather(name, read, _group(read), _is_guarded(read, program)))
     if not gathers:
         return Gathered(program, ())
     copies: dict[Expr, Expr] = {gather.read: _copy(gather) for gather in gathers}
@@ -138,6 +187,12 @@ def _is_listed(read: Read) -> bool:
     """True for a read whose position of the key is itself read, and that all queries share."""
     through = (inner for entry in read.index for inner in walk(entry) if isinstance(inner, Read))
     return "q_idx" not in axes_of(read) and any("kv_idx" in axes_of(inner) for inner in through)
+
+
+def _is_guarded(read: Read, program: Attention) -> bool:
+    """True where `keep` says that the list names a key."""
+    parts = conjuncts(program.keep.predicate)
+    return program.keep.empty is not Empty.SCORE and any(apply("ge", entry, ZERO) in parts for entry in read.index)
 
 
 def _group(read: Read) -> int:

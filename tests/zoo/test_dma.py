@@ -10,6 +10,7 @@ from torch import Tensor
 
 import attncompiler
 from attncompiler.errors import OptionError
+from attncompiler.ir import parse_program, verify
 from attncompiler.zoo import SELECTED, Size
 from attncompiler.zoo.dma import dma_attend, dma_attend_by_sdpa, dma_bias
 from attncompiler.zoo.system import bound
@@ -41,6 +42,7 @@ def test_the_attention_is_of_the_chosen_keys(name: str) -> None:
     example = system.example(Size.SMALL)
     found = attncompiler.explain(bound(system.plain, example.numbers), *example.drawn(torch.float32, torch.device("cpu"), 0))
     (region,) = found.regions
+    verify(parse_program(region.ir))
     assert "top_k" in region.ir and "picked" in region.ir
 
 
