@@ -43,13 +43,15 @@ from attncompiler.runtime.key_kernels import put_keys, take_keys
 
 @dataclass(frozen=True)
 class Gather:
-    """`name` [b or 1, groups of h or 1, kv_idx(, channels)] holds what `read` reads; a group is `group` heads.
+    """`name` [b or 1, groups of h or 1, kv_idx(, channels)] holds what `read` reads; a group is `group` heads, of which `shared` groups
+    read the same.
 
     `guarded`: the mask keeps out what its list has below 0."""
 
     name: str
     read: Read
     group: int
+    shared: int
     guarded: bool
 
     def shape(self, extents: Mapping[str, int]) -> tuple[int, int, int]:
@@ -79,7 +81,7 @@ class Gather:
     def taken(self, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int]) -> Tensor:
         """The copy."""
         source = given[self.read.tensor]
-        rows = self._rows(given, sizes, extents, source) if source.is_cuda else None
+        rows = self._rows(given, sizes, extents, source) if _has_kernels(source) else None
         if rows is None:
             return source[self.index(given, sizes, extents)]
         copy = take_keys(*rows, self.shape(extents), self.guarded)
@@ -90,11 +92,15 @@ class Gather:
         is_zero: bool,
     ) -> None:  # fmt: skip
         """Add the gradient of the copy to that of the operand, which `is_zero` so far or not."""
-        rows = self._rows(given, sizes, extents, into) if into.is_cuda and is_zero else None
-        if rows is None or rows[0].shape[:2] != gradient.shape[:2]:  # else no row of the operand is in two lists
+        rows = self._rows(given, sizes, extents, into) if is_zero and _has_kernels(into) else None
+        b, groups, keys = self.shape(extents)
+        if rows is None or rows[0].shape[:2] != (b, -(-groups // self.shared)):  # else no row of the operand is in two lists
             into.index_put_(self.index(given, sizes, extents), gradient, accumulate=True)
-        else:
-            put_keys(rows[0], gradient.reshape(*self.shape(extents), -1), rows[1], self.guarded)
+            return
+        vectors = gradient.reshape(b, groups, keys, -1)
+        if self.shared > 1:
+            vectors = vectors.unflatten(1, (-1, self.shared)).sum(2, dtype=torch.promote_types(vectors.dtype, torch.float32))
+        put_keys(rows[0], vectors, rows[1], self.guarded)
 
     def _rows(
         self, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int], source: Tensor
@@ -160,6 +166,10 @@ class Gathered:
         return totals
 
 
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 @functools.lru_cache(maxsize=4096)
 def gathered(program: Attention) -> Gathered:
     """Needs: any program. Ensures: no read at a listed position is left that does not vary with the query. Keeps: the meaning."""
@@ -170,7 +180,9 @@ def gathered(program: Attention) -> Gathered:
         wish = f"{read.tensor}_kept"
         name = next(n for i in range(len(listed) + 1) if (n := wish if i == 0 else f"{wish}{i + 1}") not in names)
         names.add(name)
-        gathers.append(Gather(name, read, _group(read), _is_guarded(read, program)))
+        whole = _group(read)
+        group = _split(whole, program) if len(read.index) < len(program.decls[read.tensor].shape) else whole
+        gathers.append(Gather(name, read, group, whole // group, _is_guarded(read, program)))
     if not gathers:
         return Gathered(program, ())
     copies: dict[Expr, Expr] = {gather.read: _copy(gather) for gather in gathers}
@@ -210,6 +222,23 @@ def _group(read: Read) -> int:
     for entry in read.index:
         transform(entry, visit)
     return math.gcd(*divisors) if divisors else 1
+
+
+_KEY_ROWS = 128  # pairs of a tile of keys and a group of heads that keep a large GPU busy
+_MANY_QUERIES = 2048
+
+
+def _split(group: int, program: Attention) -> int:
+    """How many heads share a copy of vectors: fewer than could, where a short list would leave most of a GPU without a tile of keys
+    while few programs go by all queries. The copies are as short as the list."""
+    axes = program.axes.b, program.axes.h, program.axes.q_idx, program.axes.kv_idx
+    if not all(isinstance(size, Const) for size in axes):
+        return group
+    b, h, m, n = (int(size.value) for size in axes if isinstance(size, Const))
+    if m < _MANY_QUERIES or h % group:
+        return group
+    rows = b * -(-n // 128)
+    return next((g for g in range(group, 1, -1) if group % g == 0 and rows * (h // g) >= _KEY_ROWS), 1)
 
 
 def _copy(gather: Gather) -> Read:

@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Kernels that copy the rows of keys that a list names, and put gradients back: nothing is added by atomics, nothing waits.
 
-A list holds positions; where it is `guarded`, what is negative names no row. gathered.py has in torch what they compute."""
+A list holds positions; where it is `guarded`, the program keeps out what is below 0. gathered.py has in torch what they compute."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from attncompiler.runtime.row_kernels import ROWS, run, tile_of
 
 
 @triton.jit
-def _named(key, N, GUARDED: tl.constexpr):
-    """The row that a position of a list names, -1 for none."""
-    return tl.minimum(tl.maximum(key, -1 if GUARDED else 0), N - 1).to(tl.int64)
+def _row(key, N):
+    """The row that a position of a list names."""
+    return tl.minimum(tl.maximum(key, 0), N - 1).to(tl.int64)
 
 
 @triton.jit
@@ -27,11 +27,13 @@ def _take_keys(X, Out, Keys, G, L, N, D, x_b, x_g, x_n, x_d, x_group, k_b, k_g, 
     g = (pair % G).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     listed = place < L
-    key = _named(tl.load(Keys + b * k_b + g // k_group * k_g + place.to(tl.int64) * k_n, mask=listed, other=0), N, GUARDED)
+    position = tl.load(Keys + b * k_b + g // k_group * k_g + place.to(tl.int64) * k_n, mask=listed, other=0)
+    named = listed & (position >= 0) if GUARDED else listed
+    key = _row(position, N)
     channels = tl.arange(0, CHANNELS).to(tl.int64)
     inside = channels[None, :] < D
     at = b * x_b + g // x_group * x_g + key[:, None] * x_n + channels[None, :] * x_d
-    x = tl.load(X + at, mask=(listed & (key >= 0))[:, None] & inside, other=0)  # a row that is kept out is computed with: no NaN
+    x = tl.load(X + at, mask=named[:, None] & inside, other=0)  # a row that is kept out is computed with: no NaN
     rows = pair.to(tl.int64) * L + place
     tl.store(Out + rows[:, None] * D + channels[None, :], x, mask=listed[:, None] & inside)
 
@@ -59,9 +61,15 @@ def _put_keys(X, Out, Keys, Places, G, L, N, D, o_b, o_g, o_n, o_d,
     g = (pair % G).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lists = pair.to(tl.int64) * L
-    key = _named(tl.load(Keys + lists + place, mask=place < L, other=0), N, GUARDED)
-    before = _named(tl.load(Keys + lists + place - 1, mask=(place > 0) & (place < L), other=0), N, GUARDED)
-    first = (place < L) & (key >= 0) & ((place == 0) | (before != key))
+    position = tl.load(Keys + lists + place, mask=place < L, other=0)
+    before = tl.load(Keys + lists + place - 1, mask=(place > 0) & (place < L), other=0)
+    key = _row(position, N)
+    first = (place == 0) | (_row(before, N) != key)
+    # Of the positions below 0 the last speaks for all: their gradients are alike, 0 or the NaN of a head with an empty row.
+    if GUARDED:
+        after = tl.load(Keys + lists + place + 1, mask=place + 1 < L, other=0)
+        first = (first | (position < 0)) & ((position >= 0) | (after >= 0))
+    first = first & (place < L)
     channels = tl.arange(0, CHANNELS).to(tl.int64)
     inside = channels[None, :] < D
     total = tl.zeros([ROWS, CHANNELS], wide)
@@ -73,14 +81,14 @@ def _put_keys(X, Out, Keys, Places, G, L, N, D, o_b, o_g, o_n, o_d,
         total += x.to(wide)
         step += 1
         again = again & (place + step < L)
-        again = again & (_named(tl.load(Keys + lists + place + step, mask=again, other=0), N, GUARDED) == key)
+        again = again & (_row(tl.load(Keys + lists + place + step, mask=again, other=0), N) == key)
     at = b * o_b + g * o_g + key[:, None] * o_n + channels[None, :] * o_d
     tl.store(Out + at, total.to(Out.dtype.element_ty), mask=first[:, None] & inside)
 
 
 def put_keys(out: Tensor, x: Tensor, keys: Tensor, guarded: bool) -> None:
     """Rows x [b, g, L, D] to where the lists `keys` [b or 1, g', L] say in out [b, g, N, D], which holds zeros: what is named several
-    times is summed, in the order of the list."""
+    times is summed, in the order of the list. A position below 0 names row 0; where it is `guarded`, all such rows of x are alike."""
     b, g, length, d = x.shape
     if x.numel() == 0:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 import attncompiler.runtime.selection  # noqa: F401  registers the ops
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.text import to_text
+from attncompiler.runtime import gathered as gathering
 from attncompiler.runtime import key_kernels, lowering, triton_launch
 from attncompiler.runtime.gathered import gathered
 from tests.programs import DTYPES, judge_on
@@ -60,11 +62,12 @@ def judge(p: Attention, operands: dict[str, Tensor], device: str) -> None:
     if device == "cuda":
         judge_on(lowering, p, operands)
     else:
-        with mock.patch.object(lowering, "_lowering", lambda *_: triton_launch):
+        kernels = mock.patch.object(gathering, "_has_kernels", lambda tensor: True)
+        with kernels, mock.patch.object(lowering, "_lowering", lambda *_: triton_launch):
             judge_on(lowering, p, operands)
 
 
-SHARED = [(70, 70, 20, 16), (33, 40, 40, 48), (1, 130, 17, 64), (65, 65, 33, 32)]  # queries, keys, kept keys, channels
+SHARED = [(70, 70, 20, 16), (33, 40, 40, 48), (1, 130, 17, 64), (45, 45, 33, 32)]  # queries, keys, kept keys, channels
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -75,7 +78,7 @@ def test_one_list_for_all_queries(m: int, n: int, w: int, d: int, device: str) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("m", "n", "w", "d"), [(65, 65, 11, 16), (33, 60, 20, 32)])
+@pytest.mark.parametrize(("m", "n", "w", "d"), [(45, 45, 11, 16), (33, 60, 20, 32)])
 def test_a_list_with_the_queries_that_keep_each_key(m: int, n: int, w: int, d: int, device: str) -> None:
     p = listed(m, n, min(n, w + m - 1), d, "f32", True)
     judge(p, made(p, m, n, w, True, device), device)
@@ -100,6 +103,27 @@ def test_nothing_is_kept(empty: str, device: str) -> None:
     operands = made(p, 70, 70, 20, False, device)
     operands["picked"].fill_(-1)[0, 1, 0] = 69
     judge(p, operands, device)
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each head with a copy of its own, as for many queries."""
+    monkeypatch.setattr(gathering, "_MANY_QUERIES", 1)
+    gathered.cache_clear()
+    yield
+    gathered.cache_clear()
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_with_copies_of_their_own(device: str) -> None:
+    p = listed(45, 45, 20, 16, "f32", False)
+    assert [(copy.name, copy.group, copy.shared) for copy in gathered(p).gathers] == [
+        ("k_kept", 1, 2), ("bias_kept", 2, 1), ("v_kept", 1, 2),
+    ]  # fmt: skip
+    operands = made(p, 45, 45, 20, False, device)
+    judge(p, operands, device)
+    judge_on(lowering, p, operands)
 
 
 @pytest.mark.gpu
@@ -139,12 +163,12 @@ def test_rows_by_list(dtype: torch.dtype, guarded: bool, device: str) -> None:
     keys = torch.randint(-2, n + 5, (b, 2, w), dtype=torch.int32)
     keys[0, 0, 3:70] = 5
     x = torch.randn(b, n, 2, 2 * d, dtype=dtype).transpose(1, 2)[..., ::2]
-    grad = torch.randn(b, g, w, d, dtype=dtype)
     named = keys.repeat_interleave(2, 1)
+    grad = torch.randn(b, g, w, d, dtype=dtype).masked_fill((named < 0)[..., None] & guarded, 0)
     index = named.clamp(0, n - 1).long()[..., None].expand(-1, -1, -1, d)
     left_out = (named < 0)[..., None] & guarded
     expected = x.repeat_interleave(2, 1).gather(2, index).masked_fill(left_out, 0)
-    sums = torch.zeros(b, g, n, d, dtype=torch.float64).scatter_add(2, index, grad.double().masked_fill(left_out, 0))
+    sums = torch.zeros(b, g, n, d, dtype=torch.float64).scatter_add(2, index, grad.double())
     taken = key_kernels.take_keys(x.to(device), keys.to(device), (b, g, w), guarded)
     assert torch.equal(taken.cpu(), expected)
     out = torch.zeros(b, n, g, d, dtype=dtype, device=device).transpose(1, 2)
