@@ -15,7 +15,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import KV_IDX, TRUE, ZERO, Axis, Const, Expr, Read, apply, axes_of, conj, conjuncts, reads_of, substitute
+from attncompiler.ir.expr import (
+    KV_IDX,
+    ONE,
+    Q_IDX,
+    TRUE,
+    ZERO,
+    Axis,
+    Const,
+    Expr,
+    Read,
+    apply,
+    axes_of,
+    conj,
+    conjuncts,
+    reads_of,
+    substitute,
+)
 from attncompiler.ir.phases import Phase
 from attncompiler.ir.program import Attention, Dtype, Empty, Keep, TensorDecl, each_clause
 from attncompiler.ir.select import Positions, TopK
@@ -58,12 +74,13 @@ def select_keys(program: Attention, operands: Mapping[str, Operand], reader: Rea
 
 
 def _select(program: Attention, operands: Mapping[str, Operand], reader: Reader) -> Selected | None:
+    only: Mapping[Expr, Expr] = {Q_IDX: ZERO} if program.axes.q_idx == ONE else {}  # one query: all have what it has
     for part in conjuncts(program.keep.predicate):
         if "kv_idx" not in axes_of(part) or not reads_of(part):
             continue
-        found = member(part, operands, reader)
-        if found is not None and "q_idx" not in axes_of(part):
-            return _of_all_queries(program, found)
+        found = member(substitute(part, only), operands, reader)
+        if found is not None and "q_idx" not in axes_of(found.part):
+            return _of_all_queries(program, replace(found, part=part))
         ranked = prefix(program, part, found, operands, reader)
         if ranked is not None:
             return _of_each_query(program, ranked)

@@ -36,7 +36,7 @@ def test_three_ways(name: str) -> None:
             torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["dma", "dma-rows"])
+@pytest.mark.parametrize("name", SELECTED)
 def test_the_attention_is_of_the_chosen_keys(name: str) -> None:
     system = SELECTED[name]
     example = system.example(Size.SMALL)
