@@ -13,6 +13,7 @@ from attncompiler.errors import OptionError
 from attncompiler.ir import parse_program, verify
 from attncompiler.zoo import SELECTED, Size
 from attncompiler.zoo.dma import dma_attend, dma_attend_by_sdpa, dma_bias
+from attncompiler.zoo.programs import Likeness, declared, likeness, recognised
 from attncompiler.zoo.system import bound
 
 
@@ -44,6 +45,16 @@ def test_the_attention_is_of_the_chosen_keys(name: str) -> None:
     (region,) = found.regions
     verify(parse_program(region.ir))
     assert "top_k" in region.ir and "picked" in region.ir
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_both_forms_end_in_one_program(name: str) -> None:
+    system = SELECTED[name]
+    example = system.example(Size.SMALL)
+    found, calls = recognised(system.plain, example), declared(system, example)
+    assert not found.missed and likeness(found.programs, [call.program for call in calls]) is not Likeness.DIFFERENT
+    (call,) = calls
+    assert call.keys == 500 and call.tiles()[0] < call.tiles()[1]
 
 
 def test_by_sdpa() -> None:
