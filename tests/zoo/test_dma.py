@@ -45,6 +45,9 @@ def test_the_attention_is_of_the_chosen_keys(name: str) -> None:
     (region,) = found.regions
     verify(parse_program(region.ir))
     assert "top_k" in region.ir and "picked" in region.ir
+    assert "the 60 keys of largest rank (of 500, 12 %)" in region.notes[0]
+    assert ("tiles behind a query are skipped" in region.notes[0]) == (name != "dma-decode")
+    assert region.density == (1.0 if name == "dma-rows" else 0.12)
 
 
 @pytest.mark.parametrize("name", SELECTED)
