@@ -26,6 +26,7 @@ from attncompiler.runtime.lowering import in_kernels, unsupported
 from attncompiler.runtime.prepared import target_of
 from attncompiler.runtime.preview import Preview, preview
 from attncompiler.runtime.triton_launch import static_groups
+from attncompiler.selection_note import chosen_keys
 from attncompiler.state_region import StateUse, declared_uses, region_of_state, use_of_site
 from attncompiler.tuning.schedule import Schedule
 from attncompiler.tuning.strides import strides_text
@@ -86,6 +87,9 @@ def _region(site: Site) -> Region:
     if found.light is not None and found.light.partial_tiles and found.light.full_strides:
         stride = strides_text(found.light.full_strides)
         notes = (*notes, f"with a stride of {stride} no tile would be partial; `attncompiler plan --strides` has the others")
+    chosen = chosen_keys(site)
+    if chosen is not None:
+        notes = (str(chosen), *notes)
     if program.route != Route():
         notes = (*notes, _route_note(site))
     reason = unsupported(program)
@@ -95,7 +99,7 @@ def _region(site: Site) -> Region:
         family="softmax",
         ir=program_text(site.whole),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
-        density=found.plan.density * site.active_share,
+        density=found.plan.density * site.active_share * (1.0 if chosen is None else chosen.share),
         template="portable" if reason else "softmax (Triton); portable without a GPU",
         source_location=program.origin.line,
         kernels={} if reason else {"attention": kernel_source(program, found.schedule)},

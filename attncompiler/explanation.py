@@ -15,9 +15,9 @@ class Region:
     """One attention that was taken: a score-to-sum site of the user's code.
 
     `ir` is the program's text, `mask` its keep clause ("all pairs" if it drops none), `density` the share of (query, key) tiles
-    that the forward kernel visits (of routed heads, those expected to be on), `template` the lowering, `kernels` the generated sources
-    by name, `speed_of_light` what the mask can be worth, in the tiles of that kernel, on the GPU that the operands are on, else on an
-    H100.
+    that the forward kernel visits (of routed heads, those expected to be on; of all keys, where a list of some is read), `template` the
+    lowering, `kernels` the generated sources by name, `speed_of_light` what the mask can be worth, in the tiles of that kernel, on the
+    GPU that the operands are on, else on an H100.
     """
 
     family: str

@@ -29,7 +29,7 @@ from attncompiler.passes.tile_counts import TileCounts
 from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, boxes_text, speed_of_light
 from attncompiler.tuning.strides import full_strides
 from attncompiler.tuning.target import TARGETS, Target, target_named
-from attncompiler.zoo import SYSTEMS, Example, Size, System, system_named
+from attncompiler.zoo import COMMANDED, Example, Size, System, system_named
 from attncompiler.zoo.compare import Outcome, compare, eager_bytes, free_bytes
 from attncompiler.zoo.programs import Call, Likeness, declared, likeness, recognised
 from attncompiler.zoo.system import Form
@@ -62,7 +62,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    found = [{"name": s.name, "title": s.title, "source": s.source, "file": _file(s)} for s in SYSTEMS.values()]
+    found = [{"name": s.name, "title": s.title, "source": s.source, "file": _file(s)} for s in COMMANDED.values()]
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
@@ -76,7 +76,7 @@ def _show(arguments: argparse.Namespace) -> int:
     """Exit code 1 where the two forms end in different programs."""
     system = system_named(arguments.name)
     example, target = system.example(Size(arguments.size)), target_named(arguments.target)
-    tasks: tuple[Callable[[], Any], ...] = (partial(declared, system.declared, example), partial(recognised, system.plain, example))
+    tasks: tuple[Callable[[], Any], ...] = (partial(declared, system, example), partial(recognised, system.plain, example))
     calls, found = (task() for task in steps(tasks, f"reading {system.name}"))
     plans = [_planned(call, system, example, target) for call in steps(calls, f"planning {system.name}")]
     alike = likeness(found.programs, [call.program for call in calls])
@@ -137,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """Exit code 1 where a form exceeds twice eager's error."""
     system, device = system_named(arguments.name), _device(arguments.device)
     example = system.example(Size(arguments.size))
-    calls = declared(system.declared, example)
+    calls = declared(system, example)
     alike = likeness(recognised(system.plain, example).programs, [call.program for call in calls])
     needed, free = eager_bytes(calls), free_bytes(device)
     judged = needed <= free

@@ -35,7 +35,7 @@ def _divisor(entry: Expr, axis: Axis) -> int | None:
     return None
 
 
-def _places(read: Read, row: Axis) -> tuple[dict[Axis, int], int] | None:
+def simple_places(read: Read, row: Axis) -> tuple[dict[Axis, int], int] | None:
     """Which dimension each of b, h and the row axis indexes, and the group of h; None where the read is not that simple."""
     found: dict[Axis, int] = {}
     group = 1
@@ -75,7 +75,7 @@ def _merged(read: Read, tensor: Tensor) -> tuple[Read, Tensor]:
 def view_vectors(read: Read, tensor: Tensor, row: Axis, block: Block) -> VectorView:
     """The vectors of a read over b, h and one row axis."""
     read, tensor = _merged(read, tensor)
-    simple = _places(read, row)
+    simple = simple_places(read, row)
     extents = block.extents
     if simple is None or (row not in simple[0] and extents[row.name] != 1):
         gathered = Block({read.tensor: tensor}, block.sizes, extents, block.positions, tensor.dtype)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, B, Dot, Expr, H, Kind, Read, Uniform, axes_of, reads_of, walk
 from attncompiler.ir.phases import Program
-from attncompiler.ir.program import TensorDecl, kind_of
+from attncompiler.ir.program import Dtype, TensorDecl, kind_of
 from attncompiler.ir.select import Positions, TopSum
 from attncompiler.ir.state import ROW, SEGMENT, STATE_AXES, C, D, State
 from attncompiler.ir.tables import Each, Fold, Reduce, Table, Tables
@@ -200,10 +201,18 @@ def distinct_results(program: Program) -> bool:
     return len(set(names)) == len(names) and not set(names) & taken
 
 
-@invariant(Program, "a tensor is declared alike in all phases, a result with the type and the sizes that it is given with")
+@invariant(
+    Program, "a tensor is declared alike in all phases, a result with its sizes and its type, or as an i32 that is given as i64"
+)
 def one_declaration(program: Program) -> bool:
     known = dict(program.operands) | dict(program.given)
-    return all(known[decl.name] == decl for phase in program.phases for decl in phase.work.tensors)
+    return all(_fits(decl, known[decl.name], program) for phase in program.phases for decl in phase.work.tensors)
+
+
+def _fits(decl: TensorDecl, known: TensorDecl, program: Program) -> bool:
+    """Positions of tokens fit 32 bits: a lowering may hand these on."""
+    narrow = decl.name in program.given and known.dtype is Dtype.I64 and decl.dtype is Dtype.I32
+    return replace(decl, dtype=known.dtype) == known if narrow else decl == known
 
 
 @invariant(Program, "every phase but the last gives something that a later one reads")

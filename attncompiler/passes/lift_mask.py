@@ -29,7 +29,7 @@ class Lifted:
 def lift_mask(program: Attention, trained: frozenset[str] = frozenset()) -> Attention:
     """Needs: a program with its masks in the score. Ensures: `keep` holds what masks prove. Keeps: the meaning, exactly.
 
-    `trained` names operands that carry gradients: a learned bias is never read as a mask."""
+    `trained` names operands that carry gradients or are ranked: a learned bias is never read as a mask."""
     lifted = _lift(program.score, trained)
     if lifted.predicate == TRUE:
         return program

@@ -55,6 +55,7 @@ def out_of_place(module: GraphModule) -> None:
     module.recompile()
 
 
+_BY_INDEX = frozenset({"scatter_", "scatter_add_", "index_fill_", "index_add_", "index_copy_"})  # integers that promote nothing
 _SCATTERS: Mapping[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
@@ -137,5 +138,7 @@ def _read_after(view: Node, write: Node) -> bool:
 
 def _promotes(write: Node, before: torch.Tensor) -> bool:
     """True where the out-of-place operator would have another dtype than the tensor it writes to."""
+    if write.target._schema.name.split("::")[1] in _BY_INDEX:  # type: ignore[union-attr]
+        return False
     others = [a.meta["val"] for a in write.args[1:] if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)]
     return any(o.dim() > 0 and o.dtype != torch.bool and torch.promote_types(before.dtype, o.dtype) != before.dtype for o in others)

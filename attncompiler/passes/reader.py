@@ -53,6 +53,12 @@ from attncompiler.passes.operators import HANDLERS, MOVES, dim_of, rounds, shift
 from attncompiler.passes.sizes import Extent, IndexSpace, same, size_expr
 
 
+def _is_choice(node: Node) -> bool:
+    """True for a tensor that marks indices."""
+    counted = node.args[0] if base_name(node.target) == "sum" else None
+    return base_name(node.target) == "scatter" or (isinstance(counted, Node) and base_name(counted.target) == "one_hot")
+
+
 class Reader:
     """Reads elements of the tensors of one graph in one index space."""
 
@@ -101,9 +107,10 @@ class Reader:
         nodes = list(walk(expr))
         if any(isinstance(n, Dot | Weights | RowReduce | Uniform | NanToZero) for n in nodes) or isinstance(expr, Read | Const):
             return False
-        if not any(isinstance(n, Read) for n in nodes) or (
-            isinstance(expr, Apply) and expr.op == "not" and isinstance(expr.args[0], Read)
-        ):
+        read = [n for n in nodes if isinstance(n, Read)]
+        if dtype_of(node) is torch.bool and any(_is_choice(self.leaves[n.tensor].node) for n in read):
+            return False  # keys that were chosen: a part of the mask, by which they may become a list
+        if not read or (isinstance(expr, Apply) and expr.op == "not" and isinstance(expr.args[0], Read)):
             return False
         varies = axes_of(expr)
         if dtype_of(node) is torch.bool and not any({"q_idx", "kv_idx"} & axes_of(n) for n in nodes if isinstance(n, Read)):

@@ -17,6 +17,7 @@ from attncompiler.ir.expr import (
     Q_IDX,
     TRUE,
     ZERO,
+    Apply,
     Const,
     Dot,
     Expr,
@@ -27,6 +28,7 @@ from attncompiler.ir.expr import (
     conj,
     floordiv,
     mul,
+    reads_of,
 )
 from attncompiler.ir.program import Attention, Axes, Empty, Keep, Origin, Softmax
 from attncompiler.passes.constant_masks import ConstantMasks
@@ -35,6 +37,7 @@ from attncompiler.passes.normalise import source_line
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.site import Site, finish, name_batch_axes
 from attncompiler.passes.sizes import IndexSpace, size_expr
+from attncompiler.passes.topk import leaves_some_out, ranked_nodes
 
 
 def sdpa(module: GraphModule, node: Node, trained: frozenset[Node], masks: ConstantMasks) -> Site:
@@ -79,7 +82,8 @@ def sdpa(module: GraphModule, node: Node, trained: frozenset[Node], masks: Const
             keep = conj(keep, element)
         else:
             score = add(score, element)
-            keep = conj(keep, apply("ne", element, Const(-math.inf))) if mask not in trained else keep
+            is_bias = mask in trained or _is_of_chosen_keys(element, reader)
+            keep = keep if is_bias else conj(keep, apply("ne", element, Const(-math.inf)))
     adjust: Expr = ONE if scales[2] == 1.0 else Const(scales[2])
     p = given.get("dropout_p", 0.0)
     if isinstance(p, int | float) and p > 0:
@@ -99,6 +103,16 @@ def sdpa(module: GraphModule, node: Node, trained: frozenset[Node], masks: Const
     )
     draft = name_batch_axes(draft, [(at[c], out_shape[i]) for i, c in enumerate(letters)])
     return replace(finish(reader, node, draft, trained), split=out_shape, permutation=tuple(range(len(out_shape))))
+
+
+def _is_of_chosen_keys(element: Expr, reader: Reader) -> bool:
+    """True for `where(chosen, rank, finfo.min)`: as some key is not chosen, no row is all -inf."""
+    if not isinstance(element, Apply) or element.op != "where":
+        return False
+    condition, rank, other = element.args
+    chosen = any(leaves_some_out(reader.leaves[read.tensor].node) for read in reads_of(condition))
+    is_rank = isinstance(rank, Read) and reader.leaves[rank.tensor].node in ranked_nodes(reader.module.graph)
+    return chosen and is_rank and isinstance(other, Const) and math.isfinite(other.value)
 
 
 # -------------------------------------------------------------------------------------------------- flex_attention

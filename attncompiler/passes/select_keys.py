@@ -15,7 +15,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import KV_IDX, TRUE, ZERO, Axis, Const, Expr, Read, apply, axes_of, conj, conjuncts, reads_of, substitute
+from attncompiler.ir.expr import (
+    KV_IDX,
+    ONE,
+    Q_IDX,
+    TRUE,
+    ZERO,
+    Axis,
+    Const,
+    Expr,
+    Read,
+    apply,
+    axes_of,
+    conj,
+    conjuncts,
+    reads_of,
+    substitute,
+)
 from attncompiler.ir.phases import Phase
 from attncompiler.ir.program import Attention, Dtype, Empty, Keep, TensorDecl, each_clause
 from attncompiler.ir.select import Positions, TopK
@@ -58,12 +74,13 @@ def select_keys(program: Attention, operands: Mapping[str, Operand], reader: Rea
 
 
 def _select(program: Attention, operands: Mapping[str, Operand], reader: Reader) -> Selected | None:
+    only: Mapping[Expr, Expr] = {Q_IDX: ZERO} if program.axes.q_idx == ONE else {}  # one query: all have what it has
     for part in conjuncts(program.keep.predicate):
         if "kv_idx" not in axes_of(part) or not reads_of(part):
             continue
-        found = member(part, operands, reader)
-        if found is not None and "q_idx" not in axes_of(part):
-            return _of_all_queries(program, found)
+        found = member(substitute(part, only), operands, reader)
+        if found is not None and "q_idx" not in axes_of(found.part):
+            return _of_all_queries(program, replace(found, part=part))
         ranked = prefix(program, part, found, operands, reader)
         if ranked is not None:
             return _of_each_query(program, ranked)
@@ -80,7 +97,7 @@ def _of_all_queries(program: Attention, chosen: Member) -> Selected:
     places = size_expr(shape_of(indices)[chosen.topk.dim])
     shape = tuple(size_expr(size) for size in shape_of(indices))
     filled = apply("ge", picked, ZERO) if chosen.kept else TRUE
-    listed = over_list(_without(program, chosen.part), picked, filled, places, (TensorDecl(name, Dtype.I64, shape),))
+    listed = over_list(_without(program, chosen.part), picked, filled, places, (TensorDecl(name, Dtype.I32, shape),))
     rows, index, sizes = _axes_of_rows(tuple(size_expr(size) for size in shape_of(rank)), chosen.topk.dim)
     largest = TopK(Read("rank", index), places, (_KEY,))
     tables = [Table("largest", index, largest)]
@@ -139,7 +156,7 @@ def _of_each_query(program: Attention, ranked: Prefix) -> Selected:
     picked, until = Read(picked_name, index), Read(until_name, index)
     node = ranked.operand.node
     sizes = [size_expr(size) for at, size in enumerate(shape_of(node)) if at != place]
-    decls = tuple(TensorDecl(name, Dtype.I64, (*sizes, ranked.places)) for name in (picked_name, until_name))
+    decls = tuple(TensorDecl(name, Dtype.I32, (*sizes, ranked.places)) for name in (picked_name, until_name))
     still = conj(apply("ge", picked, ZERO), apply("le", picked, ranked.last), apply("lt", Axis("q_idx"), until))
     listed = over_list(_without(program, ranked.part), picked, still, ranked.places, decls)
     lists = {

@@ -47,6 +47,7 @@ from attncompiler.passes.nodes import DTYPES, Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.select_keys import select_keys
 from attncompiler.passes.sizes import Extent, size_expr
+from attncompiler.passes.topk import ranked_nodes
 from attncompiler.passes.unkept_rows import UnkeptRows
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,8 @@ def finish(reader: Reader, node: Node, draft: Attention, trained: frozenset[Node
     values = reader.leaves[draft.sum.tensor].node
     operands += [Operand(values, table=table) for known in recovered for table in known.recovery.tables.values()]
     declared = [decl.name for decl in program.tensors]
-    carrying = frozenset(names[old] for old in names if reader.leaves[old].node in trained)
+    biases = trained | ranked_nodes(node.graph)  # of which none is a mask
+    carrying = frozenset(names[old] for old in names if reader.leaves[old].node in biases)
     passes: tuple[tuple[str, Callable[[Attention], Attention]], ...] = (
         ("recognise", lambda p: p),
         ("lift_mask", lambda p: lift_mask(p, carrying)),

@@ -6,12 +6,12 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from attncompiler.ir.expr import FALSE, KV_IDX, TRUE, Const, Expr, Read, apply, axes_of, reads_of, substitute
 from attncompiler.passes.contraction import argument
-from attncompiler.passes.elementwise import base_name
-from attncompiler.passes.nodes import SAME_ELEMENT, Index, Operand, dtype_of, shape_of
+from attncompiler.passes.elementwise import ELEMENTWISE, base_name
+from attncompiler.passes.nodes import CASTS, EXPANDS, PERMUTES, RESHAPES, SAME_ELEMENT, Index, Operand, dtype_of, shape_of
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.sizes import same
 
@@ -70,21 +70,78 @@ def member(part: Expr, operands: Mapping[str, Operand], reader: Reader) -> Membe
     place = read.index.index(KV_IDX)
     if any("kv_idx" in axes_of(entry) for at, entry in enumerate(read.index) if at != place):
         return None
-    node = _through_copies(operands[read.tensor].node)
-    if base_name(node.target) != "scatter" or node.args[1] % len(read.index) != place:  # type: ignore[operator]
+    made = _made_of_topk(_through_copies(operands[read.tensor].node), place, reader, read.index)
+    if made is None or made.topk.dim != place:
+        return None
+    if (substitute(part, {read: made.inside}), substitute(part, {read: made.outside})) != (TRUE, FALSE):
+        return None
+    return Member(part, read.index, made.topk, made.test, made.kept)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A tensor with one number at the keys that `topk` chose, where `test` holds of their rank, and another at all else."""
+
+    topk: TopKOf
+    outside: Const
+    inside: Const
+    test: Expr = TRUE
+    kept: tuple[Node, ...] = ()
+
+
+def _made_of_topk(node: Node, place: int, reader: Reader, index: Index) -> _Mask | None:
+    """`zeros.scatter(dim, indices, source)` or `one_hot(indices, N).sum(-2)`, with the keys along dimension `place`."""
+    name, last = base_name(node.target), len(index) - 1
+    if name == "sum" and place == last and isinstance(node.args[0], Node) and base_name(node.args[0].target) == "one_hot":
+        counted, dims = node.args[0], node.args[1] if len(node.args) == 2 else None  # with keepdim there are three
+        indices = counted.args[0]
+        topk = topk_of(indices, 1) if isinstance(indices, Node) else None
+        along = isinstance(dims, list | tuple) and [d % (last + 2) for d in dims] == [last]
+        return _Mask(topk, Const(0), Const(1)) if topk is not None and along and _all_keys(counted, topk) else None
+    if name != "scatter" or node.args[1] % len(index) != place:  # type: ignore[operator]
         return None
     base, _, indices, source = node.args[:4]
     assert isinstance(base, Node) and isinstance(indices, Node)
     topk = topk_of(indices, 1)
-    if topk is None or topk.dim != place or not _same_rows(node, indices, place):
+    if topk is None or not _same_rows(node, indices, place):
         return None
-    outside = reader.element(base, read.index)
+    outside = reader.element(base, index)
     if not isinstance(outside, Const):
         return None
-    inside, test, kept = _source(source, type(outside.value), topk, reader, read.index)
-    if inside is None or (substitute(part, {read: inside}), substitute(part, {read: outside})) != (TRUE, FALSE):
-        return None
-    return Member(part, read.index, topk, test, kept)
+    inside, test, kept = _source(source, type(outside.value), topk, reader, index)
+    return None if inside is None else _Mask(topk, outside, inside, test, kept)
+
+
+def _all_keys(counted: Node, topk: TopKOf) -> bool:
+    """True where a one-hot of indices has a place for each key that was ranked."""
+    return topk.dim == len(shape_of(topk.rank)) - 1 and same(shape_of(counted)[-1], shape_of(topk.rank)[-1])
+
+
+def ranked_nodes(graph: Graph) -> frozenset[Node]:
+    """What `topk` ranks, and what that is computed from element by element: numbers that score keys. None of them is a mask."""
+    found: set[Node] = set()
+    waiting = [node.args[0] for node in graph.nodes if base_name(node.target) == "topk"]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Node) and node not in found:
+            found.add(node)
+            if base_name(node.target) in _SHOWS and node.op == "call_function":
+                waiting += node.all_input_nodes
+    return frozenset(found)
+
+
+_SHOWS = frozenset({*SAME_ELEMENT, *RESHAPES, *PERMUTES, *EXPANDS, *CASTS, *ELEMENTWISE, "select", "slice"})
+
+
+def leaves_some_out(node: Node) -> bool:
+    """True for a mask that is scattered to fewer keys than there are."""
+    node = _through_copies(node)
+    if base_name(node.target) != "scatter":
+        return False
+    _, dim, indices, *_ = node.args
+    assert isinstance(dim, int) and isinstance(indices, Node)
+    some, all_keys = shape_of(indices)[dim], shape_of(node)[dim]
+    return isinstance(some, int) and isinstance(all_keys, int) and some < all_keys
 
 
 def _through_copies(node: Node) -> Node:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attncompiler.codegen.vectors import simple_places, view_vectors
 from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import (
     KV_IDX,
@@ -27,23 +28,31 @@ from attncompiler.ir.expr import (
     H,
     Read,
     add,
+    apply,
     axes_of,
+    conjuncts,
     floordiv,
     reads_of,
     transform,
     walk,
 )
 from attncompiler.ir.interpreter import extents_of
-from attncompiler.ir.program import Attention, TensorDecl, each_clause
+from attncompiler.ir.program import Attention, Empty, TensorDecl, each_clause
+from attncompiler.runtime.key_kernels import put_keys, take_keys
 
 
 @dataclass(frozen=True)
 class Gather:
-    """`name` [b or 1, groups of h or 1, kv_idx(, channels)] holds what `read` reads; a group is `group` heads."""
+    """`name` [b or 1, groups of h or 1, kv_idx(, channels)] holds what `read` reads; a group is `group` heads, of which `shared` groups
+    read the same.
+
+    `guarded`: the mask keeps out what its list has below 0."""
 
     name: str
     read: Read
     group: int
+    shared: int
+    guarded: bool
 
     def shape(self, extents: Mapping[str, int]) -> tuple[int, int, int]:
         """Batches, groups and keys of the copy."""
@@ -69,6 +78,49 @@ class Gather:
             for entry, length in zip(self.read.index, lengths, strict=False)
         )
 
+    def taken(self, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int]) -> Tensor:
+        """The copy."""
+        source = given[self.read.tensor]
+        rows = self._rows(given, sizes, extents, source) if _has_kernels(source) else None
+        if rows is None:
+            return source[self.index(given, sizes, extents)]
+        copy = take_keys(*rows, self.shape(extents), self.guarded)
+        return copy if len(self.read.index) < source.dim() else copy.squeeze(3)
+
+    def put(
+        self, into: Tensor, gradient: Tensor, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int],
+        is_zero: bool,
+    ) -> None:  # fmt: skip
+        """Add the gradient of the copy to that of the operand, which `is_zero` so far or not."""
+        rows = self._rows(given, sizes, extents, into) if is_zero and _has_kernels(into) else None
+        b, groups, keys = self.shape(extents)
+        if rows is None or rows[0].shape[:2] != (b, -(-groups // self.shared)):  # else no row of the operand is in two lists
+            into.index_put_(self.index(given, sizes, extents), gradient, accumulate=True)
+            return
+        vectors = gradient.reshape(b, groups, keys, -1)
+        if self.shared > 1:
+            vectors = vectors.unflatten(1, (-1, self.shared)).sum(2, dtype=torch.promote_types(vectors.dtype, torch.float32))
+        put_keys(rows[0], vectors, rows[1], self.guarded)
+
+    def _rows(
+        self, given: Mapping[str, Tensor], sizes: Mapping[str, int], extents: Mapping[str, int], source: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """`source` as [b or 1, groups, N, channels] and the lists as [b or 1, groups, kv_idx]; None where they are not so simple."""
+        lists = [entry for entry in self.read.index if isinstance(entry, Read)]
+        whole = Read(self.read.tensor, tuple(KV_IDX if isinstance(entry, Read) else entry for entry in self.read.index))
+        if len(lists) != 1 or not all(simple_places(read, KV_IDX) for read in (whole, lists[0])):
+            return None
+        place = next(at for at, entry in enumerate(self.read.index) if isinstance(entry, Read))
+
+        def shown(read: Read, tensor: Tensor, length: int) -> Tensor:
+            return view_vectors(read, tensor, KV_IDX, Block({}, sizes, {**extents, "kv_idx": length}, {}, torch.float32)).tensor
+
+        vectors = source if len(self.read.index) < source.dim() else source.unsqueeze(-1)
+        rows = shown(whole, vectors, source.shape[place])
+        keys = shown(lists[0], given[lists[0].tensor].unsqueeze(-1), extents["kv_idx"]).squeeze(-1)
+        groups = self.shape(extents)[1]
+        return (rows, keys) if groups % rows.shape[1] == 0 and groups % keys.shape[1] == 0 else None
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -80,7 +132,7 @@ class Gathered:
     def operands(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """The operands of `program`, from those of the program that reads through lists."""
         extents = extents_of(self.program, sizes)
-        copies = {gather.name: given[gather.read.tensor][gather.index(given, sizes, extents)] for gather in self.gathers}
+        copies = {gather.name: gather.taken(given, sizes, extents) for gather in self.gathers}
         return {decl.name: copies[decl.name] if decl.name in copies else given[decl.name] for decl in self.program.tensors}
 
     def outlines(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -103,12 +155,19 @@ class Gathered:
     ) -> dict[str, Tensor]:
         """The gradients of the operands `names`, from those of `program`: rows go back to where they lay."""
         extents = extents_of(self.program, sizes)
-        totals = {name: found[name] if name in found else given[name].new_zeros(given[name].shape) for name in names}
+        totals = {name: found[name] for name in names if name in found}
         for gather in self.gathers:
             name = gather.read.tensor
             if name in names:
-                totals[name].index_put_(gather.index(given, sizes, extents), found[gather.name], accumulate=True)
+                is_zero = name not in totals
+                if is_zero:
+                    totals[name] = given[name].new_zeros(given[name].shape)
+                gather.put(totals[name], found[gather.name], given, sizes, extents, is_zero)
         return totals
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +180,9 @@ def gathered(program: Attention) -> Gathered:
         wish = f"{read.tensor}_kept"
         name = next(n for i in range(len(listed) + 1) if (n := wish if i == 0 else f"{wish}{i + 1}") not in names)
         names.add(name)
-        gathers.append(Gather(name, read, _group(read)))
+        whole = _group(read)
+        group = _split(whole, program) if len(read.index) < len(program.decls[read.tensor].shape) else whole
+        gathers.append(Gather(name, read, group, whole // group, _is_guarded(read, program)))
     if not gathers:
         return Gathered(program, ())
     copies: dict[Expr, Expr] = {gather.read: _copy(gather) for gather in gathers}
@@ -140,6 +201,12 @@ def _is_listed(read: Read) -> bool:
     return "q_idx" not in axes_of(read) and any("kv_idx" in axes_of(inner) for inner in through)
 
 
+def _is_guarded(read: Read, program: Attention) -> bool:
+    """True where `keep` says that the list names a key."""
+    parts = conjuncts(program.keep.predicate)
+    return program.keep.empty is not Empty.SCORE and any(apply("ge", entry, ZERO) in parts for entry in read.index)
+
+
 def _group(read: Read) -> int:
     """How many neighbouring heads read the same."""
     divisors: list[int] = []
@@ -155,6 +222,23 @@ def _group(read: Read) -> int:
     for entry in read.index:
         transform(entry, visit)
     return math.gcd(*divisors) if divisors else 1
+
+
+_KEY_ROWS = 128  # pairs of a tile of keys and a group of heads that keep a large GPU busy
+_MANY_QUERIES = 2048
+
+
+def _split(group: int, program: Attention) -> int:
+    """How many heads share a copy of vectors: fewer than could, where a short list would leave most of a GPU without a tile of keys
+    while few programs go by all queries. The copies are as short as the list."""
+    axes = program.axes.b, program.axes.h, program.axes.q_idx, program.axes.kv_idx
+    if not all(isinstance(size, Const) for size in axes):
+        return group
+    b, h, m, n = (int(size.value) for size in axes if isinstance(size, Const))
+    if m < _MANY_QUERIES or h % group:
+        return group
+    rows = b * -(-n // 128)
+    return next((g for g in range(group, 1, -1) if group % g == 0 and rows * (h // g) >= _KEY_ROWS), 1)
 
 
 def _copy(gather: Gather) -> Read:

@@ -13,7 +13,22 @@ from torch import Tensor
 
 from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.plan_kernel import MOST_TILES, emit_plan, has_plan_kernel
-from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Expr, Kind, Read, axes_of, conj, conjuncts, reads_of, transform
+from attncompiler.ir.expr import (
+    KV_IDX,
+    Q_IDX,
+    Axis,
+    Const,
+    Expr,
+    Kind,
+    Read,
+    axes_of,
+    conj,
+    conjuncts,
+    floordiv,
+    mul,
+    reads_of,
+    transform,
+)
 from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.grid import windows_of
 from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan, is_fixed
@@ -87,15 +102,35 @@ class Planner:
         return plan.transposed() if self._by_keys else plan
 
     def _plan_kernel(self, operands: Mapping[str, Tensor], raw: Mapping[str, Tensor], constants: Constants) -> _PlanKernel:
-        """Rows go in the order by what of the mask is known before the call: the parts that read no tensor, and those that read
-        positions by list, as if all were listed."""
-        fixed = conj(*(part for part in map(as_if_in_order, conjuncts(self._program.keep.predicate)) if not reads_of(part)))
+        """Rows go in the order by what of the mask is known before the call."""
+        fixed = as_if_in_order(self._program.keep.predicate, self._extents["q_idx"], self._extents["kv_idx"])
         order = _order(self._rows(replace(self._program, keep=Keep(fixed, Empty.NAN)), operands))
         return _PlanKernel(self._program, self._extents, self._blocks, self._by_keys, order, raw, constants)
 
 
-def as_if_in_order(part: Expr) -> Expr:
-    """Where a part of a mask compares a position with what is read at one, a position by list as if all were listed."""
+def as_if_in_order(predicate: Expr, queries: int, keys: int) -> Expr:
+    """The parts of a mask that read no tensor; and those that compare a position with one by list, as if a list held positions evenly,
+    of queries all, of keys as many as there are. Of two lists along one axis the second is not one of positions: it ends runs."""
+    lists: dict[str, str] = {}
+    spread = floordiv(mul(KV_IDX, Const(queries)), Const(keys)) if keys < queries else KV_IDX
+
+    def position(expr: Expr) -> Expr | None:
+        if not isinstance(expr, Read) or len(axes := axes_of(expr) & {"q_idx", "kv_idx"}) != 1:
+            return None
+        (axis,) = axes
+        if lists.setdefault(axis, expr.tensor) != expr.tensor:
+            return expr
+        return Q_IDX if axis == "q_idx" else spread
+
+    found = []
+    for part in conjuncts(predicate):
+        guessed = transform(part, position) if _has_bare_axis(part) else part  # numbers of documents and the like are no positions
+        found += [] if reads_of(guessed) else [guessed]
+    return conj(*found)
+
+
+def _has_bare_axis(part: Expr) -> bool:
+    """True where a position stands outside of what is read."""
     bare: list[Expr] = []
 
     def outside_reads(expr: Expr) -> Expr | None:
@@ -103,15 +138,7 @@ def as_if_in_order(part: Expr) -> Expr:
         return expr if isinstance(expr, Read) else None
 
     transform(part, outside_reads)
-    if not bare:
-        return part  # numbers of documents and the like are no positions
-
-    def position(expr: Expr) -> Expr | None:
-        if not isinstance(expr, Read) or len(axes := axes_of(expr) & {"q_idx", "kv_idx"}) != 1:
-            return None
-        return Q_IDX if "q_idx" in axes else KV_IDX
-
-    return transform(part, position)
+    return bool(bare)
 
 
 _MOST_RANGES = 1 << 21  # of a table, all rows together

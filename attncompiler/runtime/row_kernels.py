@@ -14,13 +14,13 @@ from torch import Tensor
 from attncompiler.runtime.launch import Constants, Launch
 from attncompiler.tuning.schedule import KernelSchedule
 
-_ROWS = 64  # of one program
+ROWS = 64  # of one program
 TILE = 256  # what reads rows by list reads whole tiles, of at most so many
 _LAUNCHES: dict[Hashable, Launch] = {}
 _MOST = 512  # launches remembered
 
 
-def _run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None], constants: Constants) -> None:
+def run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None], constants: Constants) -> None:
     """Launch a kernel; a tensor that is None is an argument that this variant does not look at."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     device = next(iter(given.values())).device
@@ -30,7 +30,7 @@ def _run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None
         if len(_LAUNCHES) >= _MOST:
             _LAUNCHES.pop(next(iter(_LAUNCHES)))
         absent = {name: None for name in tensors if name not in given}
-        schedule = KernelSchedule(_ROWS, _ROWS, 4, 1)
+        schedule = KernelSchedule(ROWS, ROWS, 4, 1)
         launch = Launch(kernel, kernel.__name__, grid, {**constants, **absent}, given, schedule, None, {})
         _LAUNCHES[key] = launch
     launch(given)
@@ -67,7 +67,7 @@ def list_rows(active: Tensor) -> tuple[Tensor, Tensor]:
     if active.numel():
         strides = dict(zip(("stride_b", "stride_h", "stride_m"), active.stride(), strict=True))
         tensors = {"Active": active.view(torch.uint8), "Index": index, "Count": count, "Place": place}
-        _run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": 1024})
+        run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": 1024})
     return lists, count
 
 
@@ -117,8 +117,8 @@ def take_rows(
                    "Lse": lse, "LseRows": lse_rows}  # fmt: skip
         strides = {**_strides("x", x.stride()), **_strides("g", _or_none(gain)), **_strides("a", _or_none(along))}
         variant = {"GAINS": gain is not None, "GRADS": along is not None, "STATISTICS": lse is not None, "FILL": fill}
-        constants = {"H": h, "M": m, "D": d, **strides, "TILE": TILE, **variant, **_tile(d)}
-        _run(_take_rows, (triton.cdiv(m, _ROWS), b * h), tensors, constants)
+        constants = {"H": h, "M": m, "D": d, **strides, "TILE": TILE, **variant, **tile_of(d)}
+        run(_take_rows, (triton.cdiv(m, ROWS), b * h), tensors, constants)
     return out, lse_rows
 
 
@@ -173,7 +173,7 @@ def put_rows_into(
         tensors = {"X": x, "Out": out, "Place": place, "Gain": gain, "LseRows": lse_rows, "Lse": lse}
         constants = {"H": h, "M": m, "D": d, **_strides("o", out.stride()[:3]), **_strides("g", _or_none(gain)), "GAINS": gain is not None,
                      "STATISTICS": lse is not None, "NAN_IF_EMPTY": nan_if_empty}  # fmt: skip
-        _run(_put_rows, (triton.cdiv(m, _ROWS), b * h), tensors, {**constants, **_tile(d)})
+        run(_put_rows, (triton.cdiv(m, ROWS), b * h), tensors, {**constants, **tile_of(d)})
     return lse
 
 
@@ -186,5 +186,6 @@ def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:
     return {f"{letter}_{axis}": stride for axis, stride in zip("bhmd", strides, strict=False)}
 
 
-def _tile(channels: int) -> dict[str, int]:
-    return {"ROWS": _ROWS, "CHANNELS": triton.next_power_of_2(channels)}
+def tile_of(channels: int) -> dict[str, int]:
+    """How many rows a program of a kernel moves, and how many channels it holds of each."""
+    return {"ROWS": ROWS, "CHANNELS": triton.next_power_of_2(channels)}

@@ -1,6 +1,7 @@
 """Ops that say which keys are kept, as lists: below autograd, on the device, without waiting for it.
 
-A list holds positions in ascending order and then -1, which is what `positions` of the language gives (ir/select.py).
+A list holds positions in ascending order and then -1, which is what `positions` of the language gives (ir/select.py). They are int32:
+kernels compare them with the positions of queries, and 64 bits of each key would spill.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ _LIBRARY.define(
 @torch.library.impl(_LIBRARY, "ascending", "CompositeExplicitAutograd")
 def ascending(indices: Tensor, kept: Tensor | None = None) -> Tensor:
     """The positions `indices` [..., w], which are distinct in a row, in ascending order; those that are not `kept` [..., w] are
-    left out. Returns int64 [..., w]: positions, then -1."""
+    left out. Returns int32 [..., w]: positions, then -1."""
+    positions = indices.to(torch.int32)
     if kept is None:
-        return indices.sort(-1).values
-    past = torch.iinfo(torch.int64).max
-    ordered = torch.where(kept, indices, past).sort(-1).values
+        return positions.sort(-1).values
+    past = torch.iinfo(torch.int32).max
+    ordered = torch.where(kept, positions, past).sort(-1).values
     return ordered.masked_fill_(ordered == past, -1)
 
 
 @torch.library.register_fake("attncompiler::ascending", lib=_LIBRARY)
 def _ascending_fake(indices: Tensor, kept: Tensor | None = None) -> Tensor:
-    return indices.new_empty(indices.shape)
+    return indices.new_empty(indices.shape, dtype=torch.int32)
 
 
 @torch.library.impl(_LIBRARY, "prefix_top_k", "CompositeExplicitAutograd")
@@ -43,7 +45,7 @@ def prefix_top_k(
     `above` or less is kept, nor a NaN with `drop_nan`; what is not kept still takes its place among the w. `ties`: what equals the
     w-th is kept too.
 
-    Returns: picked int64 [..., places], the keys that any query keeps, ascending, then -1; until int64 [..., places], the first query
+    Returns: picked int32 [..., places], the keys that any query keeps, ascending, then -1; until int32 [..., places], the first query
     that no longer keeps each. Without ties there are at most w + queries - 1 such keys."""
     rank = rank.movedim(dim, -1)
     n = rank.shape[-1]
@@ -55,7 +57,7 @@ def prefix_top_k(
     if drop_nan:
         kept = kept & ~rank.isnan()
     picked = ascending(position.expand(rank.shape), kept)[..., :places]
-    return picked, until.gather(-1, picked.clamp(min=0))
+    return picked, until.gather(-1, picked.clamp(min=0).long()).to(torch.int32)
 
 
 @torch.library.register_fake("attncompiler::prefix_top_k", lib=_LIBRARY)
@@ -63,7 +65,7 @@ def _prefix_top_k_fake(
     rank: Tensor, dim: int, w: int, first: int, queries: int, above: float, drop_nan: bool, ties: bool, places: int
 ) -> tuple[Tensor, Tensor]:
     shape = (*rank.movedim(dim, -1).shape[:-1], places)
-    return rank.new_empty(shape, dtype=torch.int64), rank.new_empty(shape, dtype=torch.int64)
+    return rank.new_empty(shape, dtype=torch.int32), rank.new_empty(shape, dtype=torch.int32)
 
 
 def _dropped(rank: Tensor, w: int, ties: bool) -> Tensor:

@@ -26,7 +26,7 @@ from attncompiler.zoo import (
 )
 from attncompiler.zoo.system import Example, Size, System
 
-__all__ = ["LINEAR", "SELECTED", "SYSTEMS", "Example", "Size", "System", "system_named"]
+__all__ = ["COMMANDED", "LINEAR", "SELECTED", "SYSTEMS", "Example", "Size", "System", "system_named"]
 
 _FILES = (
     gna, fna, clear, radial, halonet, davit, rat, s2, sliding_window, attention_sinks, prefix_lm, packed_documents, prflash, moh,
@@ -38,8 +38,12 @@ SELECTED: Mapping[str, System] = {system.name: system for system in dma.SYSTEMS}
 LINEAR: Mapping[str, System] = {system.name: system for file in (lightning, rala) for system in file.SYSTEMS}
 
 
+# what the commands know
+COMMANDED: Mapping[str, System] = {**SYSTEMS, **SELECTED}
+
+
 def system_named(name: str) -> System:
     """Raises: OptionError for a name that is not there."""
-    if name not in SYSTEMS:
-        raise OptionError(f"the zoo has no {name!r}", do=f"it has {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
+    if name not in COMMANDED:
+        raise OptionError(f"the zoo has no {name!r}", do=f"it has {', '.join(COMMANDED)}")
+    return COMMANDED[name]

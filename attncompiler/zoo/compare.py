@@ -40,7 +40,7 @@ class Outcome:
 
 def eager_bytes(calls: Sequence[Call]) -> int:
     """What eager attention in float64 takes at most, forward and backward."""
-    pairs = [call.extents[0] * call.extents[1] * call.extents[2] * call.extents[3] for call in calls]
+    pairs = [call.extents[0] * call.extents[1] * call.extents[2] * call.keys for call in calls]
     return max(pairs, default=0) * torch.float64.itemsize * _COPIES
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,8 +83,12 @@ def dma_attend_declared(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, w: int, p
     )  # fmt: skip
 
 
-def dma_declared(q: Tensor, k: Tensor, v: Tensor, w_dt: Tensor, a: Tensor, w: int, per_row: bool = False) -> Tensor:
-    return dma_attend_declared(q, k, v, dma_bias(v, w_dt, a), w, per_row)
+def dma_declared(q: Tensor, k: Tensor, v: Tensor, w_dt: Tensor, a: Tensor, w: int) -> Tensor:
+    return dma_attend_declared(q, k, v, dma_bias(v, w_dt, a), w)
+
+
+def dma_rows_declared(q: Tensor, k: Tensor, v: Tensor, w_dt: Tensor, a: Tensor, w: int) -> Tensor:
+    return dma_attend_declared(q, k, v, dma_bias(v, w_dt, a), w, per_row=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ examples
@@ -111,14 +113,14 @@ _PAPER = "Shi et al. 2025, Trainable Dynamic Mask Sparse Attention"
 SYSTEMS = (
     System(
         "dma", "Dynamic mask attention", _PAPER, dma, dma_declared, _example,
-        note="a query that sees none of the chosen keys gives 0",
+        note="a query that sees none of the chosen keys gives 0", selects=True,
     ),
     System(
         "dma-rows", "Dynamic mask attention, each query choosing among the keys that it sees", _PAPER,
-        dma_row_by_row, partial(dma_declared, per_row=True), _example,
+        dma_row_by_row, dma_rows_declared, _example, selects=True,
     ),
     System(
         "dma-decode", "Dynamic mask attention, one query and a cache with biases", _PAPER,
-        dma_attend, dma_attend_declared, _decoded,
+        dma_attend, dma_attend_declared, _decoded, selects=True,
     ),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from attncompiler.ir.expr import (
     Expr,
     Read,
     axes_of,
+    conj,
     conjuncts,
     disjuncts,
     reads_of,
@@ -35,7 +36,7 @@ from attncompiler.ir.program import Attention, Route
 from attncompiler.ir.text import expr_text, parse
 from attncompiler.passes.plan import TilePlan, build_plan, count_kept
 from attncompiler.passes.site import Site
-from attncompiler.zoo.system import Example, Form, bound
+from attncompiler.zoo.system import Example, Form, System, bound
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Call:
         b, h, m, n = (extents_of(self.program, self.sizes)[axis.name] for axis in AXES)
         return b, h, m, n
 
+    @property
+    def keys(self) -> int:
+        """How many keys there are, listed or not."""
+        entries = self.program.sum.index
+        lengths = zip(entries, self.operands[self.program.sum.tensor].shape, strict=False)
+        return next((length for entry, length in lengths if isinstance(entry, Read)), self.extents[3])
+
     def plan(self, block_q: int = 128, block_kv: int = 128) -> TilePlan:
         return build_plan(self.program, self.operands, self.sizes, block_q, block_kv)
 
@@ -59,7 +67,9 @@ class Call:
         """How many tiles of 128 x 128 it visits, and of how many, over all batches and heads."""
         plan = self.plan()
         copies = self.extents[0] * self.extents[1] // (plan.plan_b * plan.plan_h)
-        return copies * int(plan.visited.lengths.sum()), copies * plan.plan_b * plan.plan_h * plan.q_tiles * plan.kv_tiles
+        return copies * int(plan.visited.lengths.sum()), copies * plan.plan_b * plan.plan_h * plan.q_tiles * -(
+            -self.keys // plan.block_kv
+        )
 
     def kept_pairs(self) -> int | None:
         """Over all batches and heads; None where that takes too long to count."""
@@ -91,11 +101,13 @@ class _Watch(TorchDispatchMode):
         return (o, lse, rcp, o, lse, lse) if routed else (o, lse, rcp)  # the rest serves a backward alone
 
 
-def declared(form: Form, example: Example) -> list[Call]:
-    """The attentions of a declared form, in order. Takes no memory or time for the floating operands."""
+def declared(system: System, example: Example) -> list[Call]:
+    """The attentions of a system's declared form, in order. Takes no memory or time for the floating operands, but where these choose
+    keys."""
     watch = _Watch()
+    inputs = example.drawn(torch.float32, torch.device("cpu")) if system.selects else example.outlined()
     with torch.no_grad(), watch:
-        bound(form, example.numbers)(*example.outlined())
+        bound(system.declared, example.numbers)(*inputs)
     return watch.calls
 
 
@@ -144,10 +156,11 @@ def likeness(found: Sequence[Attention], expected: Sequence[Attention]) -> Liken
 
 def essence(program: Attention, through_views: bool = False) -> str:
     """The clauses without what does not make them another program: the names of operands, the order of the parts of a mask, an axis
-    of one, and what a row without keys gives, which masked_fill and scaled_dot_product_attention have differently.
+    of one, what a row without keys gives, which masked_fill and scaled_dot_product_attention have differently, and that a list of keys
+    may end early.
 
-    `through_views`: nor how vectors lie in q, k and v, only which axes they vary with: a window may be read where it lies, or cut
-    out first."""
+    `through_views`: nor how vectors lie in q, k and v and elements in other tensors, only which axes they vary with: a window may be
+    read where it lies, or cut out first."""
     ones: dict[Expr, Expr] = {axis: ZERO for axis in AXES if program.axes.size(axis) == Const(1)}
     names: dict[str, str] = {}
 
@@ -162,7 +175,10 @@ def essence(program: Attention, through_views: bool = False) -> str:
         if isinstance(expr, Dot):
             return Dot(vector(expr.left), vector(expr.right))
         if isinstance(expr, Read):
-            return Read(names[expr.tensor], tuple(transform(entry, lone) for entry in expr.index))
+            index = tuple(transform(entry, lone) for entry in expr.index)
+            if through_views:
+                index = tuple(sorted((entry for entry in index if not isinstance(entry, Const)), key=expr_text))
+            return Read(names[expr.tensor], index)
         return None
 
     def vector(read: Read) -> Read:
@@ -171,10 +187,11 @@ def essence(program: Attention, through_views: bool = False) -> str:
             index = tuple(axis for axis in AXES if any(axis.name in axes_of(entry) for entry in index))
         return Read(names[read.tensor], index)
 
+    predicate = substitute(program.keep.predicate, ones)
     plain = replace(
         program,
         score=substitute(program.score, ones),
-        keep=replace(program.keep, predicate=substitute(program.keep.predicate, ones)),
+        keep=replace(program.keep, predicate=conj(*(p for p in conjuncts(predicate) if not _says_listed(p)))),
         route=Route(substitute(program.route.active, ones), substitute(program.route.gain, ones)),
     )
     for root in (
@@ -200,3 +217,8 @@ def essence(program: Attention, through_views: bool = False) -> str:
         "route": " where ".join(expr_text(transform(e, lone)) for e in (plain.route.gain, plain.route.active)),
     }
     return "\n".join(f"{name:8}{text}" for name, text in clauses.items())
+
+
+def _says_listed(part: Expr) -> bool:
+    """True for `picked[..] >= 0`."""
+    return isinstance(part, Apply) and part.op == "ge" and isinstance(part.args[0], Read) and part.args[1] == ZERO

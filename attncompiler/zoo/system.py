@@ -59,7 +59,8 @@ class System:
 
     `plain` holds nothing of attncompiler. A form is a function of the example's inputs and numbers, or an nn.Module class, made
     with the numbers and called with the inputs. `mask` is what the declared form keeps, as a function of the inputs that are
-    tensors and the numbers, for systems that keep some pairs only. `note`: what a reader should know beside the paper."""
+    tensors and the numbers, for systems that keep some pairs only. `note`: what a reader should know beside the paper. `selects`: which
+    keys are kept depends on the floating inputs, so plans are of random ones."""
 
     name: str
     title: str
@@ -69,6 +70,7 @@ class System:
     example: Callable[[Size], Example]
     mask: Callable[..., Mask] | None = None
     note: str = ""
+    selects: bool = False
 
 
 def bound(form: Form, numbers: Mapping[str, Any], device: torch.device | None = None) -> Callable[..., Any]:

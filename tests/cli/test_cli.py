@@ -240,6 +240,17 @@ def test_zoo_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["agrees"] and row["forward_ms"] > 0 and row["error"] < 1e-5 for row in found["forms"])
 
 
+def test_zoo_knows_selections(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "list"]) == 0 and "dma-decode" in capsys.readouterr().out
+    for name in ("dma", "dma-rows"):
+        assert main(["zoo", "show", name, "--size", "small"]) == 0
+        shown = capsys.readouterr().out
+        assert "q, k and v read through views" in shown and "picked" in shown
+    assert main(["zoo", "run", "dma-decode", "--device", "cpu", "--json"]) == 0
+    forms = json.loads(capsys.readouterr().out)["forms"]
+    assert [form["tiles"] for form in forms] == [16, 4, 4] and all(form["agrees"] for form in forms)
+
+
 def test_zoo_says_where_float64_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attncompiler.cli.zoo.free_bytes", lambda device: 1)
     assert main(["zoo", "run", "davit-channel", "--device", "cpu"]) == 0

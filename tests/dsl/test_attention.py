@@ -171,6 +171,16 @@ def test_inside_a_compiled_function(backend: str) -> None:
     agree(compiled(q, k, v), expected, (q, k, v))
 
 
+def test_a_score_may_be_wider_than_the_values() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 16, dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.randn(9)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attncompiler.attention(q, k, v, score=lambda s, b, h, i, j: s + bias[j])
+
+    torch.testing.assert_close(torch.compile(attend, backend="attncompiler")(q, k, v), attend(q, k, v))
+
+
 def test_segments_with_extra_keys_are_recognised_by_any_backend() -> None:
     """GNA's extra keys, and documents in one run alone: nothing of another run reaches the tensor that it reads."""
     q = torch.randn(2, 4, 24, 16)

@@ -44,6 +44,10 @@ def test_phases_hand_on_what_they_name() -> None:
     torch.testing.assert_close(results["o"], interpret(attention, made | {"picked": results["picked"]}, {}).o)
 
 
+def test_positions_may_be_declared_in_32_bits() -> None:
+    verify(parse_program(CHOICE + ATTEND.replace("picked: i64", "picked: i32")))
+
+
 def test_two_attentions_in_turn() -> None:
     """Agents read the keys, queries read the agents: the first result is the value of the second, names told apart by `return`."""
     a, q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 6, 9, 9))
@@ -66,7 +70,7 @@ def test_two_attentions_in_turn() -> None:
 
 BROKEN = {
     "a result of another size": (CHOICE, ATTEND.replace("picked: i64[2, 3, 4]", "picked: i64[2, 3, 5]"), "declared alike"),
-    "a result of another type": (CHOICE, ATTEND.replace("picked: i64", "picked: i32"), "declared alike"),
+    "a result of another type": (CHOICE, ATTEND.replace("picked: i64", "picked: u8"), "declared alike"),
     "a phase that nothing reads": (CHOICE, to_text(program("plain", 7, 9, 16, 24)), "a later one reads"),
     "a result before it is there": (ATTEND, CHOICE, "distinct names"),
     "a table that is not there": (CHOICE.replace("return  picked", "return  picked, other"), ATTEND, "gives what it says"),

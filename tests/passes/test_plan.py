@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attncompiler.runtime.selection  # noqa: F401  registers the ops
 from attncompiler.codegen.plan_kernel import has_plan_kernel
 from attncompiler.errors import InvalidProgram
 from attncompiler.ir import Attention, parse, verify
@@ -190,6 +191,37 @@ def test_long_rows_planned_on_the_device(monkeypatch: pytest.MonkeyPatch, fewest
     monkeypatch.setattr(planning, "_MOST_RANGES", 0)
     monkeypatch.setattr(planning, "_FEWEST_RANGES", fewest)
     assert _plan_on_the_device(range(first, first + 9), longest=40, blocks=(8, 2)) > 0
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("per_row", [False, True])
+def test_tiles_of_a_list_that_no_query_sees_are_left_out(per_row: bool) -> None:
+    """Lists of keys, in order of position: but for the tile where a list ends, the plan is what the pairs say."""
+    m, w, blocks = 300, 100, (32, 16)
+    until = " & (q_idx < until[b, h // 2, kv_idx])" if per_row else ""
+    reads = ", until: i32[2, 2, 100]" * per_row
+    p = verify(parse(f"""attention
+      axes  b=2, h=4, q_idx={m}, kv_idx={w}
+      read  q: f32[2, 4, {m}, 16], k: f32[2, 4, {w}, 16], v: f32[2, 4, {w}, 16], picked: i32[2, 2, {w}]{reads}
+      score dot(q[b, h, q_idx], k[b, h, kv_idx])
+      keep  (picked[b, h // 2, kv_idx] >= 0) & (picked[b, h // 2, kv_idx] <= q_idx){until} else zero
+      weigh softmax
+      sum   v[b, h, kv_idx]
+    """))  # fmt: skip
+    rank = torch.randn(2, 2, m)
+    picked = torch.ops.attncompiler.ascending(rank.topk(w).indices, rank.topk(w).values > rank.topk(70).values[..., -1:])
+    end = (picked + torch.arange(w).flip(-1) + 20).to(torch.int32)  # the later keys are dropped sooner
+    made = {decl.name: torch.randn([int(size.value) for size in decl.shape]) for decl in p.tensors}  # type: ignore[attr-defined]
+    made |= {"picked": picked, **({"until": end} if per_row else {})}
+    kept = truth(p, made, m, w)
+    for by_keys in (False, True):
+        coverage = _device_coverage(p, made, (m, w), blocks, by_keys)
+        coverage = coverage.transpose(2, 3) if by_keys else coverage
+        check(p, coverage, kept, *blocks)
+        tiles = torch.nn.functional.pad(kept, (0, -w % 16, 0, -m % 32)).unflatten(3, (-1, 16)).unflatten(2, (-1, 32))
+        some, visited = tiles.any(5).any(3), coverage != Coverage.EMPTY
+        ends = 69 // 16
+        assert torch.equal(visited[..., :ends], some[..., :ends]) and not visited[..., ends + 1 :].any()
 
 
 def _plan_on_the_device(seeds: range, longest: int, blocks: tuple[int, int]) -> int:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import attncompiler
 from attncompiler.errors import OptionError
+from attncompiler.ir import parse_program, verify
 from attncompiler.zoo import SELECTED, Size
 from attncompiler.zoo.dma import dma_attend, dma_attend_by_sdpa, dma_bias
+from attncompiler.zoo.programs import Likeness, declared, likeness, recognised
 from attncompiler.zoo.system import bound
 
 
@@ -35,13 +37,27 @@ def test_three_ways(name: str) -> None:
             torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["dma", "dma-rows"])
+@pytest.mark.parametrize("name", SELECTED)
 def test_the_attention_is_of_the_chosen_keys(name: str) -> None:
     system = SELECTED[name]
     example = system.example(Size.SMALL)
     found = attncompiler.explain(bound(system.plain, example.numbers), *example.drawn(torch.float32, torch.device("cpu"), 0))
     (region,) = found.regions
+    verify(parse_program(region.ir))
     assert "top_k" in region.ir and "picked" in region.ir
+    assert "the 60 keys of largest rank (of 500, 12 %)" in region.notes[0]
+    assert ("tiles behind a query are skipped" in region.notes[0]) == (name != "dma-decode")
+    assert region.density == (1.0 if name == "dma-rows" else 0.12)
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_both_forms_end_in_one_program(name: str) -> None:
+    system = SELECTED[name]
+    example = system.example(Size.SMALL)
+    found, calls = recognised(system.plain, example), declared(system, example)
+    assert not found.missed and likeness(found.programs, [call.program for call in calls]) is not Likeness.DIFFERENT
+    (call,) = calls
+    assert call.keys == 500 and call.tiles()[0] < call.tiles()[1]
 
 
 def test_by_sdpa() -> None:

@@ -42,7 +42,7 @@ def test_both_forms_are_what_the_paper_says(name: str, seed: int) -> None:
 def programs(system: System, example: Example) -> Likeness:
     found = recognised(system.plain, example)
     assert not found.missed, found.missed
-    calls = declared(system.declared, example)
+    calls = declared(system, example)
     assert calls and all(call.program.keep.predicate is not None for call in calls)
     return likeness(found.programs, [call.program for call in calls])
 
@@ -71,7 +71,7 @@ def test_the_mask_is_what_the_declared_form_keeps(name: str) -> None:
     """So is every count of it; and no query is left without a key, where masked_fill and the declared form would differ."""
     system = SYSTEMS[name]
     example = system.example(Size.SMALL)
-    (call,) = declared(system.declared, example)
+    (call,) = declared(system, example)
     assert system.mask is not None
     mask = system.mask(*example.indices, **example.numbers)
     b, h, m, n = call.extents
