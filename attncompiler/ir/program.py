@@ -61,11 +61,15 @@ class Dtype(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorDecl:
-    """An operand: `q: bf16[B, 8, M, 64]`. A size is a literal or the name of a run-time integer."""
+    """An operand: `q: bf16[B, 8, M, 64]`. A size is a literal or the name of a run-time integer.
+
+    `rows: ascending(i32[B, M])`: along the last dimension no number is below the one before. Who makes the tensor sees to it; it is a
+    fact for plans, and changes no result."""
 
     name: str
     dtype: Dtype
     shape: tuple[Expr, ...]
+    ascending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

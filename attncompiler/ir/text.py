@@ -116,7 +116,12 @@ def header_text(kind: str, origin: Origin) -> str:
 
 def declarations_text(tensors: Sequence[TensorDecl]) -> str:
     """The body of a `read` clause."""
-    return ", ".join(f"{d.name}: {d.dtype.value}[{sizes_text(d.shape)}]" for d in tensors)
+    return ", ".join(f"{d.name}: {_declared(d)}" for d in tensors)
+
+
+def _declared(decl: TensorDecl) -> str:
+    text = f"{decl.dtype.value}[{sizes_text(decl.shape)}]"
+    return f"ascending({text})" if decl.ascending else text
 
 
 def sizes_text(shape: tuple[Expr, ...]) -> str:
@@ -259,11 +264,13 @@ def declarations(text: str) -> tuple[TensorDecl, ...]:
     """The body of a `read` clause."""
     mapping = syntax("{" + text + "}")
     decls = []
-    for key, spec in zip(mapping.keys, mapping.values, strict=True) if isinstance(mapping, ast.Dict) else ():
+    for key, given in zip(mapping.keys, mapping.values, strict=True) if isinstance(mapping, ast.Dict) else ():
+        ascending = isinstance(given, ast.Call) and ast.unparse(given.func) == "ascending" and len(given.args) == 1
+        spec = given.args[0] if ascending and isinstance(given, ast.Call) else given
         if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and isinstance(spec.value, ast.Name)):
             raise ParseError(f"a tensor is declared as name: dtype[sizes], not {text!r}")
         entries = spec.slice.elts if isinstance(spec.slice, ast.Tuple) else [spec.slice]
-        decls.append(TensorDecl(key.id, Dtype(spec.value.id), tuple(build(entry) for entry in entries)))
+        decls.append(TensorDecl(key.id, Dtype(spec.value.id), tuple(build(entry) for entry in entries), ascending))
     return tuple(decls)
 
 
