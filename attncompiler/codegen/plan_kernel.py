@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from attncompiler.codegen.text import fill, signature
-from attncompiler.codegen.tile_bounds import Column, FlatNames, TileBounds
+from attncompiler.codegen.tile_bounds import SIZES, Column, FlatNames, TileBounds
 from attncompiler.codegen.triton_expr import HELPERS, pointer_name, size_names
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.expr import Expr, Kind, reads_of
@@ -16,7 +16,6 @@ from attncompiler.passes.plan import kept_by_witness
 from attncompiler.templates import plan
 
 MOST_TILES = 256  # a row of more is walked run by run: its columns are then reduced once, not by every row
-_SIZES = {"q_idx": "M", "kv_idx": "N"}
 _KINDS = (("Full", "full", 2), ("Partial", "partial", 1))
 _TABLES = [f"{name}{part}" for name, _, _ in _KINDS for part in ("Count", "Begin", "End")]
 
@@ -44,9 +43,9 @@ def emit_plan(program: Attention, row: str, blocks: Mapping[str, int], is_long: 
     )
     bounds = TileBounds(program, row, column, blocks, row_names, column_names)
     cover, exprs = _cover(bounds)
-    axes = {"row_axis": row, "row_size": _SIZES[row], "column_axis": column, "column_size": _SIZES[column]}
+    axes = {"row_axis": row, "row_size": SIZES[row], "column_axis": column, "column_size": SIZES[column]}
     values = "\n".join(bounds.row_lines)
-    loop = fill(plan.COLUMN_LOOP, **axes, column_values="\n".join(bounds.loop_lines)) if bounds.columns else ""
+    loop = fill(plan.COLUMN_LOOP, **axes, column_values="\n".join(bounds.loop_lines)) if bounds.loop_lines else ""
     reduced = {
         "column_start": "\n".join(bounds.start_lines), "column_loop": loop, "column_end": "\n".join(bounds.end_lines),
     }  # fmt: skip
@@ -91,7 +90,7 @@ def _cover(bounds: TileBounds) -> tuple[_Cover, tuple[Expr, ...]]:
     last = "end > N" if column == "kv_idx" else f"{row}_lo + ROW_BLOCK > N"
     holes = {
         "column_axis": column,
-        "column_size": _SIZES[column],
+        "column_size": SIZES[column],
         "bounds": "\n".join(bounds.lines),
         "may": f"({whole.hi})",
         "sure": f"({whole.lo})",

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from attncompiler.codegen.triton_expr import Names, number, pointer_name, stride_name, triton
+from attncompiler.codegen.triton_expr import Names, element_address, number, pointer_name, stride_name, triton
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir.evaluate import LARGEST_UNIFORM
 from attncompiler.ir.expr import Apply, Axis, Const, Expr, Kind, Read, Size, Uniform, axes_of, reads_of, walk
 from attncompiler.ir.program import Attention, Dtype, kind_of
+
+SIZES = {"q_idx": "M", "kv_idx": "N"}
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,16 @@ class TileBounds:
         axes = axes_of(expr)
         if isinstance(expr, Axis) and expr.name in (self.row, self.column):
             return Bounds(f"{expr.name}_lo", f"{expr.name}_hi", kind)
-        if {self.row, self.column} <= axes:
+        if {self.row, self.column} <= axes or self._is_edge(expr):
             return self._rule(expr, kind) if isinstance(expr, Apply) else self._cell(expr, kind)
         return self._column(expr, kind) if self.column in axes else self._row(expr, kind)
+
+    def _is_edge(self, expr: Expr) -> bool:
+        """True where positions of the columns are compared with what all of them share: the ends of a tile say all."""
+        if not isinstance(expr, Apply) or expr.op not in ("lt", "le", "gt", "ge"):
+            return False
+        axis, other = sorted(expr.args, key=lambda arg: not isinstance(arg, Axis))
+        return isinstance(axis, Axis) and axis.name == self.column and not axes_of(other) & {self.row, self.column}
 
     def _row(self, expr: Expr, kind: Kind) -> Bounds:
         """Exact along the rows' positions, then reduced."""
@@ -101,8 +110,10 @@ class TileBounds:
         return Bounds(f"{name}_lo", f"{name}_hi", kind)
 
     def _column(self, expr: Expr, kind: Kind) -> Bounds:
-        """Exact along the columns' positions, reduced tile by tile in the loop."""
+        """Exact along the columns' positions, reduced tile by tile in the loop; of what ascends the ends of each tile."""
         name = f"column{len(self.memo)}"
+        if isinstance(expr, Read) and self._ascends(expr):
+            return self._ends(expr, name)
         value = triton(expr, self.column_names)
         self.loop_lines += self.column_names.lines
         self.column_names.lines.clear()
@@ -133,6 +144,23 @@ class TileBounds:
         self.columns.append(Column(name, kind))
         test = " != 0" if kind is Kind.BOOL else ""
         return Bounds(f"({name}_lo{test})", f"({name}_hi{test})", kind)
+
+    def _ascends(self, read: Read) -> bool:
+        """True for a read along the columns that no number is below the one before of."""
+        *others, last = read.index
+        along = isinstance(last, Axis) and last.name == self.column
+        return self.program.decls[read.tensor].ascending and along and not any(self.column in axes_of(entry) for entry in others)
+
+    def _ends(self, read: Read, name: str) -> Bounds:
+        pointer, _ = element_address(read, self.column_names)
+        lines = [f"{self.column} = tl.minimum(tile * COLUMN_BLOCK, {SIZES[self.column]} - 1)"]
+        lines += [*self.column_names.lines, f"{name}_lo = tl.load({pointer}).to(tl.int64)"]
+        lines.append(f"{self.column} = tl.minimum(tile * COLUMN_BLOCK + COLUMN_BLOCK, {SIZES[self.column]}) - 1")
+        lines.append(f"{name}_hi = tl.load({pointer}).to(tl.int64)")
+        self.column_names.lines.clear()
+        self.end_lines += lines
+        self.columns.append(Column(name, Kind.INT))
+        return Bounds(f"({name}_lo)", f"({name}_hi)", Kind.INT)
 
     @staticmethod
     def _without_nan(name: str, kind: Kind) -> tuple[str, str]:

@@ -63,12 +63,14 @@ class Dtype(enum.Enum):
 class TensorDecl:
     """An operand: `q: bf16[B, 8, M, 64]`. A size is a literal or the name of a run-time integer.
 
-    `constant`, `ids: const.i32[4096]`: nobody ever writes to it, so what is found out about it may be kept."""
+    Two facts that whoever makes the tensor sees to; they serve plans, and change no result. `constant`, `ids: const(i32[4096])`: nobody
+    ever writes to it. `ascending`, `rows: ascending(i32[B, M])`: along the last dimension no number is below the one before."""
 
     name: str
     dtype: Dtype
     shape: tuple[Expr, ...]
     constant: bool = False
+    ascending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,14 @@ def header_text(kind: str, origin: Origin) -> str:
 
 def declarations_text(tensors: Sequence[TensorDecl]) -> str:
     """The body of a `read` clause."""
-    return ", ".join(f"{d.name}: {'const.' if d.constant else ''}{d.dtype.value}[{sizes_text(d.shape)}]" for d in tensors)
+    return ", ".join(f"{d.name}: {_declared(d)}" for d in tensors)
+
+
+def _declared(decl: TensorDecl) -> str:
+    text = f"{decl.dtype.value}[{sizes_text(decl.shape)}]"
+    for fact, holds in (("ascending", decl.ascending), ("const", decl.constant)):
+        text = f"{fact}({text})" if holds else text
+    return text
 
 
 def sizes_text(shape: tuple[Expr, ...]) -> str:
@@ -260,13 +267,15 @@ def declarations(text: str) -> tuple[TensorDecl, ...]:
     mapping = syntax("{" + text + "}")
     decls = []
     for key, spec in zip(mapping.keys, mapping.values, strict=True) if isinstance(mapping, ast.Dict) else ():
-        named = spec.value if isinstance(spec, ast.Subscript) else None
-        is_constant = isinstance(named, ast.Attribute) and isinstance(named.value, ast.Name) and named.value.id == "const"
-        if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and (is_constant or isinstance(named, ast.Name))):
-            raise ParseError(f"a tensor is declared as name: dtype[sizes] or name: const.dtype[sizes], not {text!r}")
-        dtype = named.attr if isinstance(named, ast.Attribute) else named.id if isinstance(named, ast.Name) else ""
+        facts = set()
+        while isinstance(spec, ast.Call) and ast.unparse(spec.func) in ("const", "ascending") and len(spec.args) == 1:
+            facts.add(ast.unparse(spec.func))
+            spec = spec.args[0]
+        if not (isinstance(key, ast.Name) and isinstance(spec, ast.Subscript) and isinstance(spec.value, ast.Name)):
+            raise ParseError(f"a tensor is declared as name: dtype[sizes], not {text!r}")
         entries = spec.slice.elts if isinstance(spec.slice, ast.Tuple) else [spec.slice]
-        decls.append(TensorDecl(key.id, Dtype(dtype), tuple(build(entry) for entry in entries), is_constant))
+        shape = tuple(build(entry) for entry in entries)
+        decls.append(TensorDecl(key.id, Dtype(spec.value.id), shape, "const" in facts, "ascending" in facts))
     return tuple(decls)
 
 

@@ -53,6 +53,11 @@ def distinct_names(program: Attention) -> bool:
     return len(set(names)) == len(names) and not set(names) & ({axis.name for axis in AXES} | set(program.sizes))
 
 
+@invariant(Attention, "only integers ascend")
+def ascending_integers(program: Attention) -> bool:
+    return all(decl.dtype.kind is Kind.INT and decl.shape for decl in program.tensors if decl.ascending)
+
+
 @invariant(Attention, "every tensor that is read is declared, and every declared tensor is read")
 def declared(program: Attention) -> bool:
     used = {read.tensor for root in _roots(program) for read in reads_of(root)}

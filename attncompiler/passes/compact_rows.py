@@ -82,7 +82,7 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
         for read, name in copies.items()
     ]
     new += [TensorDecl(name, _summed(program.decls[read.tensor].dtype), (b, h, length)) for read, name in elements.items()]
-    new += [TensorDecl(rows, Dtype.I32, (b, h, length)), TensorDecl(count, Dtype.I32, (b, h))]
+    new += [TensorDecl(rows, Dtype.I32, (b, h, length), ascending=True), TensorDecl(count, Dtype.I32, (b, h))]
     used = {read.tensor for root in moved.expressions for read in reads_of(root)}
     tensors = tuple(decl for decl in (*program.tensors, *new) if decl.name in used)
     vectors, singles = (tuple((name, read) for read, name in found.items()) for found in (copies, elements))

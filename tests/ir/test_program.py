@@ -31,11 +31,11 @@ def test_draws_for_cells_parse_back() -> None:
 
 
 def test_constants_are_part_of_the_text() -> None:
-    text = to_text(program("window", 8, 8, 16, 16)).replace("v: f32[2, 2, 8, 16]", "v: f32[2, 2, 8, 16], ids: const.i32[8]")
+    text = to_text(program("window", 8, 8, 16, 16)).replace("v: f32[2, 2, 8, 16]", "v: f32[2, 2, 8, 16], ids: const(i32[8])")
     p = verify(parse(text.replace("keep    ", "keep    (ids[q_idx] == ids[kv_idx]) & ")))
     assert p.decls["ids"].constant and not p.decls["v"].constant and to_text(parse(to_text(p))) == to_text(p)
     with pytest.raises(ParseError):
-        parse(text.replace("const.i32", "static.i32"))
+        parse(text.replace("const(i32", "static(i32"))
 
 
 def test_the_line_of_the_user_is_part_of_the_text() -> None:

@@ -14,11 +14,11 @@ from attncompiler.passes.plan import build_plan, is_fixed
 N = 320
 
 
-def masked(constant: str = "const.") -> Attention:
+def masked(mask: str = "const(bool[320, 320])") -> Attention:
     return verify(
         parse(f"""attention
       axes b=1, h=2, q_idx={N}, kv_idx={N}
-      read q: f32[1, 2, {N}, 16], k: f32[1, 2, {N}, 16], v: f32[1, 2, {N}, 16], mask: {constant}bool[{N}, {N}]
+      read q: f32[1, 2, {N}, 16], k: f32[1, 2, {N}, 16], v: f32[1, 2, {N}, 16], mask: {mask}
       score dot(q[b, h, q_idx], k[b, h, kv_idx])
       keep mask[q_idx, kv_idx] else nan
       weigh softmax
@@ -40,8 +40,8 @@ def test_a_plan_is_kept_for_each_constant() -> None:
     one, two = blocky(0), blocky(1)
     plans = [build_plan(masked(), {"v": v, "mask": mask}, {}, 64, 64) for mask in (one, two, one)]
     assert plans[0] is plans[2] and not torch.equal(plans[0].coverage, plans[1].coverage)
-    assert not is_fixed(masked(""))
-    read = [build_plan(masked(""), {"v": v, "mask": one}, {}, 64, 64) for _ in range(2)]
+    assert not is_fixed(masked("bool[320, 320]"))
+    read = [build_plan(masked("bool[320, 320]"), {"v": v, "mask": one}, {}, 64, 64) for _ in range(2)]
     assert read[0] is not read[1] and torch.equal(read[0].coverage, plans[0].coverage)
 
 

@@ -17,10 +17,12 @@ from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.evaluate import whole
 from attncompiler.ir.expr import KV_IDX, Q_IDX, Const, Read, Size, apply, axes_of, conj
 from attncompiler.ir.program import Empty
+from attncompiler.ir.text import to_text
 from attncompiler.passes.plan import Coverage, build_plan, keeps_only_keys, proved_nonempty
 from attncompiler.runtime import planning
 from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
+from attncompiler.runtime.rows import rows_of
 from attncompiler.tuning.schedule import KernelSchedule
 
 READS = {
@@ -222,6 +224,36 @@ def test_tiles_of_a_list_that_no_query_sees_are_left_out(per_row: bool) -> None:
         some, visited = tiles.any(5).any(3), coverage != Coverage.EMPTY
         ends = 69 // 16
         assert torch.equal(visited[..., :ends], some[..., :ends]) and not visited[..., ends + 1 :].any()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("is_long", [False, True])
+def test_lists_of_rows_planned_on_the_device(monkeypatch: pytest.MonkeyPatch, is_long: bool) -> None:
+    """What ascends is looked at where tiles begin and end; lists are empty, short and full."""
+    if is_long:
+        monkeypatch.setattr(planning, "MOST_TILES", 0)
+    m, n = 90, 70
+    active = torch.rand(2, 4, m) < torch.tensor([[0.0, 0.1, 1.0, 0.7], [0.5, 0.9, 0.3, 0.0]])[..., None]
+    rows = rows_of(active)
+    length = rows.length
+    text = f"""attention
+      axes b=2, h=4, q_idx={length}, kv_idx={n}
+      read q: f32[2, 4, {length}, 16], k: f32[2, 4, {n}, 16], v: f32[2, 4, {n}, 16], rows: ascending(i32[2, 4, {length}]), count: i32[2, 4]
+      score dot(q[b, h, q_idx], k[b, h, kv_idx])
+      keep (q_idx < count[b, h]) & ((kv_idx <= rows[b, h, q_idx]) & (rows[b, h, q_idx] - kv_idx < 30)) else zero
+      weigh softmax
+      sum v[b, h, kv_idx]
+    """
+    p = verify(parse(text))
+    assert verify(parse(to_text(p))) == p and "ascending(i32" in to_text(p)
+    keys = torch.zeros(2, 4, n, 16)
+    made = {"q": torch.zeros(2, 4, length, 16), "k": keys, "v": keys, "rows": rows.index.contiguous(), "count": rows.count}
+    kept, blocks = truth(p, made, length, n), (8, 16)
+    for by_keys in (False, True):
+        coverage = _device_coverage(p, made, (length, n), blocks, by_keys)
+        coverage = coverage.transpose(2, 3) if by_keys else coverage
+        check(p, coverage, kept, *blocks)
+        assert torch.equal(coverage, build_plan(p, made, {}, *blocks).coverage)
 
 
 def _plan_on_the_device(seeds: range, longest: int, blocks: tuple[int, int]) -> int:

@@ -154,7 +154,7 @@ def test_the_compact_program() -> None:
         == """attention
   axes    b=2, h=4, q_idx=rows_length, kv_idx=6
   read    k: f32[2, 2, 6, 16], v: f32[2, 2, 6, 8], q_rows: f32[2, 4, rows_length, 16], \
-rows: i32[2, 4, rows_length], rows_count: i32[2, 4]
+rows: ascending(i32[2, 4, rows_length]), rows_count: i32[2, 4]
   score   dot(q_rows[b, h, q_idx], k[b, h // 2, kv_idx]) * 0.25
   keep    (q_idx < rows_count[b, h]) & ((kv_idx <= rows[b, h, q_idx]) & (rows[b, h, q_idx] - kv_idx < 7)) else zero
   weigh   softmax

@@ -134,7 +134,7 @@ def test_constant_masks(dtype: str, device: str) -> None:
     p = verify(
         parse(f"""attention
       axes b=1, h=2, q_idx=130, kv_idx=200
-      read q: {dtype}[1, 2, 130, 64], k: {dtype}[1, 2, 200, 64], v: {dtype}[1, 2, 200, 64], mask: const.bool[130, 200]
+      read q: {dtype}[1, 2, 130, 64], k: {dtype}[1, 2, 200, 64], v: {dtype}[1, 2, 200, 64], mask: const(bool[130, 200])
       score dot(q[b, h, q_idx], k[b, h, kv_idx]) * 0.25
       keep mask[q_idx, kv_idx] else zero
       weigh softmax
