@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,7 @@ def vector_gradient(read: Read, view: VectorView, into: Tensor, row: Axis, block
 
 def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
     """Add the gradient [b, h, q, keys] of single elements to that of their operand, summed where one element serves many pairs."""
+    read, grad, positions = _by_group(read, grad, block)
     axes = [axis for axis in AXES if axis in read.index]
     plain = all(isinstance(entry, Const) or entry in axes for entry in read.index) and len(set(axes)) == sum(
         isinstance(entry, Axis) for entry in read.index
@@ -155,7 +156,7 @@ def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
     spans: list[int | Tensor] = []
     for entry in read.index:
         assert isinstance(entry, Const | Axis)
-        spans.append(int(entry.value) if isinstance(entry, Const) else block.positions[entry.name].reshape(-1))
+        spans.append(int(entry.value) if isinstance(entry, Const) else positions[entry.name].reshape(-1))
     target = into
     for place in reversed(range(len(spans))):
         if isinstance(spans[place], int):
@@ -166,6 +167,17 @@ def add_elements(read: Read, grad: Tensor, into: Tensor, block: Block) -> None:
     else:
         open_index = tuple(span.reshape([-1 if i == j else 1 for j in range(len(kept))]) for i, span in enumerate(kept))
         target[open_index] += summed.to(target.dtype)
+
+
+def _by_group(read: Read, grad: Tensor, block: Block) -> tuple[Read, Tensor, Mapping[str, Tensor]]:
+    """Where all heads are there and h // G is read: the read at h, the gradient summed over each group, and the positions."""
+    heads, divisors = block.extents["h"], {_divisor(entry, H) for entry in read.index if "h" in axes_of(entry)}
+    group = divisors.pop() if len(divisors) == 1 else None
+    if group is None or group == 1 or heads % group or grad.shape[1] != heads or block.positions["h"].numel() != heads:
+        return read, grad, block.positions
+    index = tuple(H if "h" in axes_of(entry) else entry for entry in read.index)
+    positions = {**block.positions, "h": block.positions["h"].reshape(-1)[: heads // group]}
+    return Read(read.tensor, index), grad.unflatten(1, (-1, group)).sum(2), positions
 
 
 def poison_empty_heads(program: Attention, block: Block, lse: Tensor, grad_value: Tensor) -> None:

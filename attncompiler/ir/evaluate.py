@@ -15,6 +15,12 @@ from attncompiler.ir.expr import AXES, Apply, Axis, Const, Dot, Expr, Read, Size
 Value = Tensor | bool | int | float
 
 
+def _filled(value: Value, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
+    """A number on a device; written there, since a copy to a GPU waits for it."""
+    assert not isinstance(value, Tensor)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def _as_tensor(value: Value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value)
 
@@ -57,7 +63,7 @@ TORCH: Mapping[str, Callable[..., Value]] = {
 
 def _pair(left: Value, right: Value) -> tuple[Tensor, Tensor]:
     device = next((x.device for x in (left, right) if isinstance(x, Tensor)), None)
-    a, b = torch.broadcast_tensors(*(x if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in (left, right)))
+    a, b = torch.broadcast_tensors(*(x if isinstance(x, Tensor) else _filled(x, device) for x in (left, right)))
     common = torch.promote_types(a.dtype, b.dtype)
     return a.to(common), b.to(common)
 
@@ -114,7 +120,7 @@ class Block:
             return value
         device = next((tensor.device for tensor in (*self.positions.values(), *self.tensors.values())), None)
         dtype = self.dtype if isinstance(value, float) else None
-        return torch.tensor(value, dtype=dtype, device=device)
+        return _filled(value, device, dtype)
 
     def _evaluate(self, expr: Expr) -> Value:
         if isinstance(expr, Const):
@@ -139,9 +145,7 @@ class Block:
         if expr.op == "to_float" and isinstance(args[0], Tensor):
             return args[0].to(self.dtype)
         if expr.op == "where" and isinstance(args[0], Tensor) and not any(isinstance(a, Tensor) for a in args[1:]):
-            args[1:] = [
-                torch.tensor(a, dtype=self.dtype if isinstance(a, float) else None, device=args[0].device) for a in args[1:]
-            ]
+            args[1:] = [_filled(a, args[0].device, self.dtype if isinstance(a, float) else None) for a in args[1:]]
         if expr.op == "div":
             args = [a.to(self.dtype) if isinstance(a, Tensor) and not a.is_floating_point() else a for a in args]
         if expr.op == "pow" and isinstance(args[0], float) and isinstance(args[1], Tensor) and not args[1].is_floating_point():
@@ -181,7 +185,7 @@ class Block:
             found = tensor[tuple(int(value) for value in index if not isinstance(value, Tensor))]
             return found.reshape((1, 1, 1, 1, *found.shape)) if found.dim() else found
         device = tensor.device
-        return tensor[tuple(v.to(device) if isinstance(v, Tensor) else torch.tensor(v, device=device) for v in index)]
+        return tensor[tuple(v.to(device) if isinstance(v, Tensor) else _filled(v, device) for v in index)]
 
 
 def whole(

@@ -127,10 +127,14 @@ def test_heads_with_copies_of_their_own(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_no_call_waits_for_the_device() -> None:
-    """Selection, copies, kernels and gradients: nothing that a CUDA graph could not hold."""
+@pytest.mark.parametrize("one_bias", [False, True])
+def test_no_call_waits_for_the_device(one_bias: bool) -> None:
+    """Selection, copies, kernels and gradients: nothing that a CUDA graph could not hold. A bias that batches share is copied and
+    summed in torch."""
     m = n = 700
     p = listed(m, n, 200, 128, "bf16", False)
+    if one_bias:
+        p = verify(parse(to_text(p).replace("bias: f32[2,", "bias: f32[1,").replace("bias[b,", "bias[0,")))
     operands = made(p, m, n, 200, False, "cuda")
     rank, grad = torch.randn(2, 2, n, device="cuda"), torch.randn(2, 4, m, 128, device="cuda", dtype=torch.bfloat16)
 
