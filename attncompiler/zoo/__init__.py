@@ -33,12 +33,13 @@ _FILES = (
 SYSTEMS: Mapping[str, System] = {system.name: system for file in _FILES for system in file.SYSTEMS}
 # keys chosen from the data: what chooses them is in the plain form's graph, and an operand of the declared one
 SELECTED: Mapping[str, System] = {system.name: system for system in dma.SYSTEMS}
-# linear attentions: their declared forms end in states, which the comparison of programs does not know yet
+# linear attentions: their declared forms end in states (states.py)
 LINEAR: Mapping[str, System] = {system.name: system for file in (lightning, rala) for system in file.SYSTEMS}
 
 
 def system_named(name: str) -> System:
     """Raises: OptionError for a name that is not there."""
-    if name not in SYSTEMS:
-        raise OptionError(f"the zoo has no {name!r}", do=f"it has {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
+    known = {**SYSTEMS, **LINEAR}
+    if name not in known:
+        raise OptionError(f"the zoo has no {name!r}", do=f"it has {', '.join(known)}")
+    return known[name]
