@@ -43,6 +43,13 @@ class StateUse:
         """Why no kernel on a GPU computes it; "" where one does."""
         return unsupported(self.recurrence)
 
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """b, h, q_idx, kv_idx, c, d."""
+        program = self.recurrence.program
+        sizes = dict(zip(program.sizes, self.sizes, strict=True))
+        return tuple(integer(program.axes.size(axis), sizes) for axis in STATE_AXES[:6])
+
 
 def use_of_site(site: StateSite) -> StateUse:
     """A recognised linear attention, with its proof and what it assumes."""
@@ -81,9 +88,7 @@ def region_of_state(use: StateUse) -> Region:
 
 def _work(use: StateUse) -> str:
     """What a forward computes, in multiply-adds counted twice, beside what all pairs would take."""
-    program = use.recurrence.program
-    sizes = dict(zip(program.sizes, use.sizes, strict=True))
-    b, h, m, n, c, d, _ = (integer(program.axes.size(axis), sizes) for axis in STATE_AXES)
+    b, h, m, n, c, d = use.extents
     causal = use.recurrence.past is not Past.ALL
     linear = b * h * (2 * c * d * (m + n) + (2 * min(_CHUNK, n) * (c + d) * n if causal else 0))
     return (

@@ -26,12 +26,14 @@ from attncompiler.ir.text import expr_text, to_text
 from attncompiler.passes.placed import placed
 from attncompiler.passes.plan import TilePlan, build_boxes, tiles_for
 from attncompiler.passes.tile_counts import TileCounts
+from attncompiler.state_region import region_of_state
 from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, boxes_text, speed_of_light
 from attncompiler.tuning.strides import full_strides
 from attncompiler.tuning.target import TARGETS, Target, target_named
-from attncompiler.zoo import COMMANDED, Example, Size, System, system_named
+from attncompiler.zoo import COMMANDED, LINEAR, Example, Size, System, system_named
 from attncompiler.zoo.compare import Outcome, compare, eager_bytes, free_bytes
 from attncompiler.zoo.programs import Call, Likeness, declared, likeness, recognised
+from attncompiler.zoo.states import states_of
 from attncompiler.zoo.system import Form
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -76,6 +78,8 @@ def _show(arguments: argparse.Namespace) -> int:
     """Exit code 1 where the two forms end in different programs."""
     system = system_named(arguments.name)
     example, target = system.example(Size(arguments.size)), target_named(arguments.target)
+    if system.name in LINEAR:
+        return _show_linear(system, example, arguments)
     tasks: tuple[Callable[[], Any], ...] = (partial(declared, system, example), partial(recognised, system.plain, example))
     calls, found = (task() for task in steps(tasks, f"reading {system.name}"))
     plans = [_planned(call, system, example, target) for call in steps(calls, f"planning {system.name}")]
@@ -109,6 +113,32 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0 if alike is not Likeness.DIFFERENT and calls else 1
 
 
+def _show_linear(system: System, example: Example, arguments: argparse.Namespace) -> int:
+    """Exit code 1 where the declared form has no state."""
+    forms = {name: states_of(form, example) for name, form in (("plain", system.plain), ("declared", system.declared))}
+    if arguments.json:
+        shown: dict[str, Any] = {
+            "name": system.name, "title": system.title, "source": system.source, "file": _file(system), "note": system.note,
+            "plain": source_of(system.plain), "declared": source_of(system.declared), "size": arguments.size,
+            "example": _example_text(example),
+            "states": {name: [asdict(region_of_state(use)) for use in found.uses] for name, found in forms.items()},
+            "missed": [asdict(missed) for missed in forms["plain"].missed],
+        }  # fmt: skip
+        print(json.dumps(shown, indent=2))
+        return 0 if forms["declared"].uses else 1
+    print(f"{system.title}\n{system.source}\n{_file(system)}" + (f"\n{system.note}" if system.note else ""))
+    _section("Plain", source_of(system.plain))
+    _section("Declared", source_of(system.declared))
+    _section(f"Example, {arguments.size}", _example_text(example))
+    for name, title in (("plain", "Recognised in the plain form"), ("declared", "Declared program")):
+        for use in forms[name].uses:
+            region = region_of_state(use)
+            _section(title, "\n".join([region.ir.rstrip(), "", *region.notes]))
+    for missed in forms["plain"].missed:
+        _section("Left to Inductor", f"{missed.source_location}: {missed.reason}")
+    return 0 if forms["declared"].uses else 1
+
+
 _TILE = 128, 128  # of half precision on a target with warp roles; the examples are traced in float32
 
 
@@ -137,23 +167,26 @@ def _run(arguments: argparse.Namespace) -> int:
     """Exit code 1 where a form exceeds twice eager's error."""
     system, device = system_named(arguments.name), _device(arguments.device)
     example = system.example(Size(arguments.size))
-    calls = declared(system, example)
-    alike = likeness(recognised(system.plain, example).programs, [call.program for call in calls])
-    needed, free = eager_bytes(calls), free_bytes(device)
+    linear = system.name in LINEAR  # no tiles of pairs are visited there
+    calls = [] if linear else declared(system, example)
+    alike = likeness([] if linear else recognised(system.plain, example).programs, [call.program for call in calls])
+    needed, free = eager_bytes(states_of(system.declared, example).uses if linear else calls), free_bytes(device)
     judged = needed <= free
     forms = compare(system, example, device, _DTYPES[arguments.dtype], judged)
     outcomes = [next(forms) for _ in steps(range(3 if judged else 2), f"running {system.name}")]
-    visited, dense = (sum(counts) for counts in zip(*(call.tiles() for call in calls), strict=True))
-    tiles = {"plain, eager": dense, "plain, compiled": None if alike is Likeness.DIFFERENT else visited, "declared": visited}
+    counts = [call.tiles() for call in calls]
+    visited, dense = (sum(of_call[place] for of_call in counts) for place in (0, 1))
+    compiled = None if alike is Likeness.DIFFERENT else visited
+    tiles = {} if linear else {"plain, eager": dense, "plain, compiled": compiled, "declared": visited}
     if arguments.json:
-        rows = [{**asdict(o), "tiles": tiles[o.form], "agrees": o.agrees} for o in outcomes]
+        rows = [{**asdict(o), "tiles": tiles.get(o.form), "agrees": o.agrees} for o in outcomes]
         print(json.dumps({"name": system.name, "size": arguments.size, "device": str(device), "dtype": arguments.dtype,
                           "judged": judged, "dense_tiles": dense, "forms": rows}, indent=2))  # fmt: skip
     else:
         table = []
         for o in outcomes:
             times = f"{o.first_s:.2f}", f"{o.forward_ms:.2f}", f"{o.backward_ms:.2f}"
-            table.append((o.form, *times, f"{number_text(tiles[o.form])} of {dense:,}", *_judgement(o)))
+            table.append((o.form, *times, f"{number_text(tiles[o.form])} of {dense:,}" if tiles else "-", *_judgement(o)))
         headers = ("form", "first call s", "forward ms", "backward ms", "tiles of 128 x 128", "error", "of budget", "agrees")
         print(f"{system.title}: {_example_text(example)}, {arguments.dtype} on {device}\n")
         print(tabulate(table, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6, "left")))

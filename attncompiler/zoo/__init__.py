@@ -34,12 +34,12 @@ _FILES = (
 SYSTEMS: Mapping[str, System] = {system.name: system for file in _FILES for system in file.SYSTEMS}
 # keys chosen from the data: what chooses them is in the plain form's graph, and an operand of the declared one
 SELECTED: Mapping[str, System] = {system.name: system for system in dma.SYSTEMS}
-# linear attentions: their declared forms end in states, which the comparison of programs does not know yet
+# linear attentions: their declared forms end in states (states.py)
 LINEAR: Mapping[str, System] = {system.name: system for file in (lightning, rala) for system in file.SYSTEMS}
 
 
 # what the commands know
-COMMANDED: Mapping[str, System] = {**SYSTEMS, **SELECTED}
+COMMANDED: Mapping[str, System] = {**SYSTEMS, **SELECTED, **LINEAR}
 
 
 def system_named(name: str) -> System:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncompiler.state_region import StateUse
 from attncompiler.zoo.programs import Call
 from attncompiler.zoo.system import Example, System, bound
 
@@ -38,7 +39,7 @@ class Outcome:
         return self.of_budget is None or self.of_budget <= 1.0
 
 
-def eager_bytes(calls: Sequence[Call]) -> int:
+def eager_bytes(calls: Sequence[Call | StateUse]) -> int:
     """What eager attention in float64 takes at most, forward and backward."""
     pairs = [call.extents[0] * call.extents[1] * call.extents[2] * call.keys for call in calls]
     return max(pairs, default=0) * torch.float64.itemsize * _COPIES
@@ -67,7 +68,7 @@ def compare(
     exact: list[Tensor] = []
     allowed: list[float] = []
     if judged:
-        wide = tuple(t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs)
+        wide = tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs)
         exact = _results(plain, wide)
         forms.insert(0, ("plain, eager", plain))
     for form, call in forms:

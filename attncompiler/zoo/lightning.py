@@ -25,7 +25,7 @@ def lightning(q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> Tensor:
     n = q.shape[2]
     distance = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]
     decay = torch.exp(-rate[:, None, None] * distance.clamp(min=0)) * (distance >= 0)
-    return ((q @ k.transpose(-1, -2)) * decay) @ v
+    return ((q @ k.transpose(-1, -2)) * decay.to(q.dtype)) @ v
 
 
 class TransNormer(nn.Module):

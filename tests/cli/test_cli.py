@@ -251,6 +251,21 @@ def test_zoo_knows_selections(capsys: pytest.CaptureFixture[str]) -> None:
     assert [form["tiles"] for form in forms] == [16, 4, 4] and all(form["agrees"] for form in forms)
 
 
+def test_zoo_shows_states(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "show", "lightning"]) == 0
+    shown = capsys.readouterr().out
+    assert "proved with sympy" in shown and "decay   exp(g[h])" in shown and "linear in the tokens" in shown
+    assert main(["zoo", "show", "rala", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["states"]["declared"]) == 1 and not found["states"]["plain"] and found["missed"]
+
+
+def test_zoo_runs_states(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "run", "lightning", "--device", "cpu", "--json"]) == 0
+    forms = json.loads(capsys.readouterr().out)["forms"]
+    assert len(forms) == 3 and all(form["agrees"] and form["tiles"] is None for form in forms)
+
+
 def test_zoo_says_where_float64_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attncompiler.cli.zoo.free_bytes", lambda device: 1)
     assert main(["zoo", "run", "davit-channel", "--device", "cpu"]) == 0

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attncompiler.codegen.lowerable import parse_recurrence
 from attncompiler.codegen.recurrence import Decays, Past
 from attncompiler.zoo import LINEAR, Size
+from attncompiler.zoo.states import states_of
 from attncompiler.zoo.system import bound
 
 
@@ -73,3 +74,10 @@ def test_the_declared_form_is_one_state(name: str, decays: Decays, past: Past) -
         bound(LINEAR[name].declared, example.numbers)(*example.drawn(torch.float32, torch.device("cpu")))
     (text,) = watch.programs
     assert (parse_recurrence(text).decays, parse_recurrence(text).past) == (decays, past)
+
+
+def test_the_plain_form_is_recognised_where_it_is_slow_as_written() -> None:
+    for name, taken in (("lightning", True), ("transnormer", True), ("rala", False)):
+        found = states_of(LINEAR[name].plain, LINEAR[name].example(Size.REALISTIC))
+        assert bool(found.uses) == taken
+        assert any("linear in the tokens" in missed.reason for missed in found.missed) != taken
