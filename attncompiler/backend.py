@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +58,17 @@ def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGrap
 def _inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor; where a graph samples (attention over drawn keys, say) with eager's random numbers: a seed then means the same."""
     samples = any(_draws(node) for node in module.graph.nodes)
-    compiled = compile_fx(module, inputs, config_patches={"fallback_random": True} if samples else None)
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{_cache_tag()}"):
+        compiled = compile_fx(module, inputs, config_patches={"fallback_random": True} if samples else None)
     return cast(Callable[..., Any], compiled)
+
+
+@functools.cache
+def _cache_tag() -> str:
+    """Of the signatures of our ops: graphs that Inductor's cache on disk has from another version of ours call other ops."""
+    schemas = sorted(str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("attncompiler::"))
+    return f"attncompiler {hashlib.sha256(repr(schemas).encode()).hexdigest()[:16]}"
 
 
 _SAMPLERS = ("rand", "normal", "bernoulli", "multinomial", "uniform", "exponential", "geometric", "cauchy", "log_normal", "poisson")

@@ -50,6 +50,10 @@ class StateUse:
         sizes = dict(zip(program.sizes, self.sizes, strict=True))
         return tuple(integer(program.axes.size(axis), sizes) for axis in STATE_AXES[:6])
 
+    @property
+    def keys(self) -> int:
+        return self.extents[3]
+
 
 def use_of_site(site: StateSite) -> StateUse:
     """A recognised linear attention, with its proof and what it assumes."""
