@@ -82,6 +82,34 @@ def test_kernels_of_few_queries(name: str) -> None:
     judge(triton_launch, routed_program(name, "gated", 9, 33, 16, 24))
 
 
+ON_A_GPU = [(257, 300, 80, 48), (600, 700, 128, 128), (1, 129, 128, 128)]  # queries, keys, size of q and k, of v
+
+
+def covering() -> list[tuple[tuple[int, int, int, int], str, str, str]]:
+    """Sizes, programs, routes and dtypes for a GPU: every pair of these, and every program three times."""
+    dtypes = "bf16", "f16", "f32"
+    cases = [
+        (ON_A_GPU[(at + place) % 3], name, route, dtypes[(at // 3 + place) % 3])
+        for at, name in enumerate(PROGRAMS)
+        for place, route in enumerate(ROUTES)
+    ]
+    # here the gradient of a gain is one number, in which eager happens to be off by much less than float16 rounds
+    return [*cases, (ON_A_GPU[1], "softcap", "a gain for each head", "f16")]
+
+
+def test_the_cases_for_a_gpu_cover_every_pair() -> None:
+    for one, other in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+        pairs = {(case[one], case[other]) for case in covering()}
+        assert len(pairs) == len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
+    assert len(covering()) <= 50
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "name", "route", "dtype"), covering(), ids=str)
+def test_on_the_gpu(sizes: tuple[int, int, int, int], name: str, route: str, dtype: str) -> None:
+    judge(chosen, routed_program(name, route, *sizes, dtype), "cuda")
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_program_has_a_kernel(name: str, route: str) -> None:
