@@ -31,9 +31,11 @@ from attncompiler.ir.expr import (
     H,
     Kind,
     Read,
+    add,
     apply,
     reads_of,
     settled,
+    substitute,
     transform,
 )
 from attncompiler.ir.program import TensorDecl, kind_of
@@ -106,6 +108,15 @@ class Mask(ABC):
         """`~mask` by a name that Dynamo can trace: in a function that is being compiled `~` of any object but a tensor breaks the
         graph, and is an error of Dynamo's with `fullgraph=True`."""
         return _Joined("not", (self,))
+
+    def after(self, count: int) -> Mask:
+        """The same for queries that come after `count` tokens: one query and a cache of its keys (`count` = keys - 1), or the next
+        chunk of a prompt. Query 0 is then the token `count`.
+
+        Raises: OptionError for a negative count."""
+        if count < 0:
+            raise OptionError(f"after({count}) of a mask", do="give the number of tokens before the first query")
+        return _After(self, count) if count else self
 
     def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:
         """The tiles of `block_q` queries by `block_kv` keys that it keeps something of."""
@@ -275,6 +286,42 @@ class Counted(Sized):
     def kept_pairs(self, b: int, h: int, m: int, n: int) -> int | None:
         self.check(dict(zip(AXES, (b, h, m, n), strict=True)))
         return b * h * self.count()
+
+
+@dataclass(frozen=True, eq=False)
+class _After(Mask):
+    """A mask of all tokens, for those queries that come after `count` of them."""
+
+    mask: Mask
+    count: int
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.mask.is_fixed
+
+    @property
+    def reads_tensors(self) -> bool:
+        return self.mask.reads_tensors
+
+    def to(self, device: torch.device | str) -> Mask:
+        return replace(self, mask=self.mask.to(device))
+
+    def check(self, extents: Extents) -> None:
+        self.mask.check(self._of_all(extents))
+
+    def rule(self, extents: Extents) -> tuple[Expr, Captured]:
+        whole, captured = self.mask.rule(self._of_all(extents))
+        return settled(within(substitute(whole, {Q_IDX: add(Q_IDX, Const(self.count))}), extents), KV_IDX), captured
+
+    def _of_all(self, extents: Extents) -> Extents:
+        return {**extents, Q_IDX: extents[Q_IDX] + self.count}
+
+    def at(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self.mask.at(b, h, q_idx + self.count, kv_idx)
+
+    def __str__(self) -> str:
+        text = f"({self.mask})" if isinstance(self.mask, _Joined) else str(self.mask)
+        return f"{text}.after({self.count})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attncompiler
 from attncompiler import masks
 from attncompiler.errors import InvalidProgram, OptionError
 from attncompiler.masks import Mask
@@ -183,6 +184,31 @@ def test_strided(seed: int) -> None:
     assert same(mask, torch.stack(one_a_shard)[None], h=heads)
     away = (rows - columns - local + 1).clamp(min=0) + (columns - rows - local + 1).clamp(min=0)
     assert same(masks.strided(block, local, stride, causal=False), away % stride == 0)
+
+
+LATER = {
+    "causal": masks.causal(), "window": masks.causal() & masks.window(5), "sink": masks.sink(3) | masks.window(2, 0),
+    "documents": masks.document(torch.arange(24) // 7) & masks.causal(), "lengths": masks.padding(torch.tensor([9, 24])),
+    "stripes": masks.strided(4, 2, 3, 4, kv_heads=2), "grid": masks.grid((4, 6), (3, 3)), "outside": ~masks.window(3),
+    "a function": masks.where(lambda b, h, q_idx, kv_idx: (q_idx * 3 + h) % 5 >= kv_idx % 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_queries_that_come_after_others(name: str) -> None:
+    """One query and a cache, a chunk, all: rows of the mask of all tokens."""
+    mask, b = LATER[name], 2 if name == "lengths" else 1
+    whole = mask.dense(b, 4, 24, 24).expand(b, 4, 24, 24)
+    for before in (0, 5, 23):
+        later = mask.after(before)
+        assert same(later, whole[..., before:, :], b=b, h=4)
+        q, k, v = torch.randn(b, 4, 24 - before, 8), torch.randn(b, 4, 24, 8), torch.randn(b, 4, 24, 8)
+        found = attncompiler.attention(q, k, v, keep=later)
+        weights = (q @ k.mT * 8**-0.5).masked_fill(~whole[..., before:, :], -torch.inf).softmax(-1).nan_to_num()
+        torch.testing.assert_close(found, weights @ v)
+    assert str(mask.after(5)).endswith(".after(5)")
+    with pytest.raises(OptionError):
+        mask.after(-1)
 
 
 def test_one_mask_a_head() -> None:
