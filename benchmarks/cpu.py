@@ -51,22 +51,22 @@ def measure(case: str, backend: str, steps: int) -> dict[str, float]:
 
     step()
     Path("/proc/self/clear_refs").write_text("5")
-    held = _status("VmRSS")
-    both = [_timed(step) for _ in range(steps)]
-    peak = _status("VmHWM") - held
+    held = resident("VmRSS")
+    both = [timed(step) for _ in range(steps)]
+    peak = resident("VmHWM") - held
     with torch.no_grad():
         compiled(q, k, v)
-        forward = [_timed(lambda: compiled(q, k, v)) for _ in range(steps)]
+        forward = [timed(lambda: compiled(q, k, v)) for _ in range(steps)]
     return {"forward": sorted(forward)[steps // 2], "both": sorted(both)[steps // 2], "peak": peak}
 
 
-def _timed(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
 
 
-def _status(field: str) -> float:
+def resident(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 

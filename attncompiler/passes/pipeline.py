@@ -95,14 +95,21 @@ def _missed(refusal: Refusal) -> Missed:
 
 def _reads_product(node: Node) -> bool:
     """True for a softmax of scores; one over a layer's outputs (a router, a head of classes) is no attention."""
-    return any(contraction_of(n) is not None for n in cone(node.all_input_nodes, NORMALISERS))
+    return any(contraction_of(n) is not None and not _is_layer(n) for n in cone(node.all_input_nodes, NORMALISERS))
+
+
+def _is_layer(node: Node) -> bool:
+    """True for a linear layer, and for x @ w.T: batches of vectors with one matrix. Scores have a matrix for each batch, or no batch."""
+    if base_name(node.target) in ("linear", "addmm"):
+        return True
+    dims = [source.meta["val"].dim() for source in node.all_input_nodes if "val" in source.meta]
+    return contraction_of(node) is not None and len(dims) == 2 and min(dims) == 2 < max(dims)
 
 
 def _is_of_a_layer(refusal: Refusal) -> bool:
     """True where all that is normalised is what a layer gives: gates of a router that scale something are no attention."""
-    behind = [{base_name(n.target) for n in cone(s.all_input_nodes, NORMALISERS)} for s in refusal.softmax_nodes]
-    layers = all({"linear", "addmm"} & names for names in behind) and not any(map(_reads_product, refusal.softmax_nodes))
-    return bool(behind) and layers
+    behind = [any(_is_layer(n) for n in cone(s.all_input_nodes, NORMALISERS)) for s in refusal.softmax_nodes]
+    return bool(behind) and all(behind) and not any(map(_reads_product, refusal.softmax_nodes))
 
 
 def _unreached(module: GraphModule, covered: set[Node]) -> list[Missed]:

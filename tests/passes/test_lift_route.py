@@ -196,3 +196,16 @@ def test_a_router_is_not_an_attention_that_was_missed() -> None:
     torch._dynamo.reset()
     found = attncompiler.explain(Routed(), torch.randn(2, N, HEADS * D))
     assert "  route " in found.regions[0].ir and not found.missed
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.T, lambda x, w: torch.einsum("bnc,ec->bne", x, w)])
+def test_a_router_may_be_a_product_with_a_matrix(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        p = product(x, w).softmax(-1)
+        kept = p * torch.zeros_like(p).scatter(-1, p.topk(CHOSEN, -1).indices, 1.0)
+        return by_mul(F.scaled_dot_product_attention(q, k, v), kept)
+
+    torch._dynamo.reset()
+    q = torch.randn(2, HEADS, N, D)
+    found = attncompiler.explain(f, q, q, q, torch.randn(2, N, 12), torch.randn(HEADS, 12))
+    assert "  route " in found.regions[0].ir and not found.missed
