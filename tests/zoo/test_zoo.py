@@ -83,7 +83,7 @@ def test_the_mask_is_what_the_declared_form_keeps(name: str) -> None:
 def test_other_programs_are_told_apart() -> None:
     window, sinks = SYSTEMS["sliding-window"], SYSTEMS["attention-sinks"]
     example = window.example(Size.SMALL)
-    calls = declared(sinks.declared, Example(example.inputs, {**example.numbers, "sinks": 4}))
+    calls = declared(sinks, Example(example.inputs, {**example.numbers, "sinks": 4}))
     found = recognised(window.plain, example)
     assert likeness(found.programs, [call.program for call in calls]) is Likeness.DIFFERENT
 
