@@ -37,9 +37,11 @@ class _Comparison:
     def text(self) -> str:
         return f"({self.left} {_ORDERS[self.op]} {self.right})"
 
-    @property
-    def assembly(self) -> str:
-        return f"{self.op}.{'s32' if self.signed else 'u32'}" if self.op not in ("eq", "ne") else f"{self.op}.s32"
+    def assembly(self, place: int) -> str:
+        """The test as the `place`-th of several, all of which p then says."""
+        joined, rest = (".and", ", p") if place else ("", "")
+        kind = "s32" if self.signed else "u32"
+        return f"setp.{self.op}{joined}.{kind} p, ${2 * place + 1}, ${2 * place + 2}{rest};"
 
 
 def kept_scores(e: Emission, names: Names, kernel: str) -> str:
@@ -75,13 +77,9 @@ def _selected(comparisons: Sequence[_Comparison]) -> str:
     """The scores where all comparisons hold."""
     if not comparisons:
         return ""
-    steps = []
-    for place, comparison in enumerate(comparisons):
-        joined, rest = (".and", ", p") if place else ("", "")
-        order, kind = comparison.assembly.split(".")
-        steps.append(f"setp.{order}{joined}.{kind} p, ${2 * place + 1}, ${2 * place + 2}{rest};")
     count = 2 * len(comparisons)
-    assembly = f"{{ .reg .pred p; {' '.join(steps)} selp.f32 $0, ${count + 1}, 0fFF800000, p; }}"
+    tests = " ".join(comparison.assembly(place) for place, comparison in enumerate(comparisons))
+    assembly = f"{{ .reg .pred p; {tests} selp.f32 $0, ${count + 1}, 0fFF800000, p; }}"
     constraints = ",".join(["=f", *["r"] * count, "f"])
     sides = ", ".join(side for comparison in comparisons for side in (comparison.left, comparison.right))
     return (
