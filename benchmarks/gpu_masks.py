@@ -1,9 +1,10 @@
 """Sparse masks on a GPU: ours beside FlexAttention and beside dense attention by cuDNN, in one process.
 
-    python benchmarks/gpu_masks.py [--only na2d,flux] [--ours] [--out FILE.md]
+    python benchmarks/gpu_masks.py [--only na2d,flux] [--ours] [--kernels] [--out FILE.md]
 
 Every case is first checked: some rows of O and dQ, and some rows of dK and dV, in float32 from the definition of the mask. TFLOP/s
-count the kept pairs; a backward counts 2.5 forwards. Medians of `triton.testing.do_bench`, interleaved with the peers.
+count the kept pairs; a backward counts 2.5 forwards. Medians of `triton.testing.do_bench`, interleaved with the peers. `--kernels`: also
+the device time of each kernel, from torch's profiler.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def _wrong(case: Case, qkv: list[Tensor], o: Tensor, lse: Tensor, grad_o: Tensor
     return ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items() if not gap < 2e-2)
 
 
-def row(case: Case, d: int, compiled: Callable[..., Tensor] | None) -> str:
+def row(case: Case, d: int, compiled: Callable[..., Tensor] | None, kernels: bool) -> str:
     """One line of the table; without FlexAttention compiled no peer is run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask
@@ -124,6 +125,8 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None) -> str:
     runs: dict[str, Callable[[], object]] = {"fwd": lambda: triton_launch.forward(program, made, {}, True)}
     if case.backward:
         runs["bwd"] = lambda: triton_launch.backward(program, made, {}, o, lse, rcp, grad_o, None, wanted)
+    if kernels:
+        print(f"{case.name}: {_kernels(runs)}")
     leaves = [x.detach().requires_grad_() for x in qkv]
     if case.flex is not None and compiled is not None:
         block_mask = create_block_mask(case.flex, None, h if case.name.startswith("s2") else None, n, n, device="cuda")
@@ -161,6 +164,19 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _kernels(runs: Mapping[str, Callable[[], object]], times: int = 20) -> str:
+    """Milliseconds of each kernel, the mean of so many runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(times):
+            for run in runs.values():
+                run()
+        torch.cuda.synchronize()
+    of = {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
+    return ", ".join(f"{name} {ms:.3f}" for name, ms in of.items() if ms > 0)
+
+
 def _predicted(program: Attention, made: dict[str, Tensor]) -> float:
     """The forward time that `attncompiler plan` predicts, of the plan that the kernel ran."""
     plan = prepared.prepare(program, made, {})._planners["attention_forward"]._rows(program, made)
@@ -173,6 +189,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -192,7 +209,7 @@ def main() -> int:
         if arguments.only and not any(case.name.startswith(name) for name in arguments.only.split(",")):
             continue
         try:
-            rows.append(row(case, arguments.d, compiled))
+            rows.append(row(case, arguments.d, compiled, arguments.kernels))
         except Exception as error:  # the other cases still run
             rows.append(f"| {case.name} | {type(error).__name__}: {str(error)[:300]} |")
         print(rows[-1], flush=True)

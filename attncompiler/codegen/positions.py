@@ -136,14 +136,10 @@ class TilePositions:
     def windows(self, moving: TilePositions, along: Callable[[str], str]) -> list[Window]:
         """Where a token of the side that moves lies in the windows of one that stays. `along` lays a vector across a tile."""
         found = []
-        for (letter, _, _), side in zip(self._windows, self._window_sides, strict=True):
+        for letter, axis, _ in self._windows:
             first, last = (f"{self._stem}_{letter}_{end}{along(self.axis.name)}" for end in ("first", "last"))
-            found.append(Window(f"{moving._stem}_{letter}{along(moving.axis.name)}", first, last, side))
+            found.append(Window(f"{moving._stem}_{letter}{along(moving.axis.name)}", first, last, axis.columns))
         return found
-
-    @property
-    def _window_sides(self) -> list[int]:
-        return [axis.columns for axis in self.tiles.axes if axis.has_window]
 
     @property
     def origins(self) -> str:

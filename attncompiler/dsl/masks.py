@@ -113,9 +113,9 @@ class Mask(ABC):
         """The same for queries that come after `count` tokens: one query and a cache of its keys (`count` = keys - 1), or the next
         chunk of a prompt. Query 0 is then the token `count`.
 
-        Raises: OptionError for a negative count."""
-        if count < 0:
-            raise OptionError(f"after({count}) of a mask", do="give the number of tokens before the first query")
+        Raises: OptionError for what is no count."""
+        if not isinstance(count, int) or count < 0:
+            raise OptionError(f"after({count!r}) of a mask", do="give the number of tokens before the first query: 0 or more")
         return _After(self, count) if count else self
 
     def plan(self, b: int, h: int, m: int, n: int, block_q: int = 128, block_kv: int = 128) -> TilePlan:

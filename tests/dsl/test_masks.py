@@ -207,8 +207,9 @@ def test_queries_that_come_after_others(name: str) -> None:
         weights = (q @ k.mT * 8**-0.5).masked_fill(~whole[..., before:, :], -torch.inf).softmax(-1).nan_to_num()
         torch.testing.assert_close(found, weights @ v)
     assert str(mask.after(5)).endswith(".after(5)")
-    with pytest.raises(OptionError):
-        mask.after(-1)
+    for wrong in (-1, 2.5):
+        with pytest.raises(OptionError, match="give the number of tokens before the first query"):
+            mask.after(wrong)  # type: ignore[arg-type]
 
 
 def test_one_mask_a_head() -> None:
