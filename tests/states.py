@@ -57,23 +57,28 @@ def state(name: str, n: int, c: int, d: int, dtype: str = "f32") -> State:
     return work
 
 
-def operands(program: State, strided: bool = False) -> dict[str, Tensor]:
+def operands(program: State, strided: bool = False, device: str = "cpu") -> dict[str, Tensor]:
     """Random operands; rates and logarithms of a decay, features of keys and queries positive where they are divided by."""
     made = {}
     for decl in program.tensors:
         shape = [int(size.value) for size in decl.shape]  # type: ignore[attr-defined]
-        if strided and len(shape) == 4:
-            made[decl.name] = torch.randn(shape[0], shape[2], shape[1], shape[3] + 3)[..., : shape[3]].transpose(1, 2)
-        else:
-            made[decl.name] = torch.randn(shape)
+        made[decl.name] = torch.randn(shape)
         if decl.name == "rate":
             made[decl.name] = torch.tensor([0.0, 0.01, 0.2, 3.0])
         if decl.name == "g":
             made[decl.name] = -0.3 * made[decl.name].abs() - (made[decl.name] > 2.0) * 40.0
         if program.normalised and decl.name in ("q", "k", "z0"):
             made[decl.name] = made[decl.name].abs()
-        made[decl.name] = made[decl.name].to(DTYPES[decl.dtype.value])
+        made[decl.name] = made[decl.name].to(device, DTYPES[decl.dtype.value])
+        if strided and len(shape) == 4:
+            made[decl.name] = _with_gaps(made[decl.name])
     return made
+
+
+def _with_gaps(x: Tensor) -> Tensor:
+    """The same numbers with heads inside tokens and gaps between rows."""
+    b, h, n, d = x.shape
+    return x.new_empty(b, n, h, d + 3)[..., :d].transpose(1, 2).copy_(x)
 
 
 def results(
@@ -88,13 +93,13 @@ def results(
     return found, dict(zip(leaves, gradients, strict=True))
 
 
-def judge(lowering: ModuleType, program: State, strided: bool = False, slack: float = 1.0) -> None:
+def judge(lowering: ModuleType, program: State, strided: bool = False, slack: float = 1.0, device: str = "cpu") -> None:
     """Forward and gradients of a lowering: at most twice the error of the same formula in the operands' precision, and rounding."""
     parts = recurrence_of(program)
-    tensors = operands(program, strided)
+    tensors = operands(program, strided, device)
     exact_of = {name: tensor.double() for name, tensor in tensors.items()}
     shapes = [tuple(r.shape) for r in interpret_state(program, exact_of, {})]
-    weights = {i: torch.randn(shape) for i, shape in enumerate(shapes)}
+    weights = {i: torch.randn(shape, device=device) for i, shape in enumerate(shapes)}
     weights[0] = weights[0].to(tensors["v"].dtype)
     exact, exact_gradients = results(program, exact_of, weights, torch.float64)
     working = tensors["v"].dtype

@@ -67,13 +67,15 @@ def _steps(program: State, over: _Over, key: Tensor, value: Tensor, extents: Map
     starts = with_row(start, over(program.start.row, *keys, C, least=1).to(key.dtype))
     state = starts[:, :, 0]
     entered, left = [], [state]
-    for j in range(extents[KV_IDX]):
-        state = torch.where(reset[:, :, j], starts[:, :, j], state)
+    # the gradient of one step's slice is a tensor of all steps; that of `unbind` is made once
+    steps = (x.to(key.dtype).unbind(2) for x in (key.unsqueeze(-1), value.unsqueeze(-2), decay, left_of.unsqueeze(-1), right_of))
+    for begins, first, k, v, keeps, adds, reads in zip(reset.unbind(2), starts.unbind(2), *steps, strict=False):
+        state = torch.where(begins, first, state)
         entered.append(state)
-        decayed = state * decay[:, :, j]
+        decayed = state * keeps
         corrected = decayed if correct.moment is Moment.AFTER else state
-        pulled = torch.einsum("bhc,bhcd->bhd", right_of[:, :, j].to(key.dtype), corrected)
-        state = decayed + left_of[:, :, j, :, None] * pulled[:, :, None] + key[:, :, j, :, None] * value[:, :, j, None, :]
+        pulled = torch.einsum("bhc,bhcd->bhd", reads, corrected)
+        state = decayed + adds * pulled[:, :, None] + k * v
         left.append(state)
     return torch.stack([*entered, state], 2), torch.stack(left, 2)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.recurrence import Recurrence, recurrence_of
+from attncompiler.codegen.recurrence import recurrence_of
 from attncompiler.runtime import state_call, state_launch
 from attncompiler.runtime.state_lowering import unsupported
 from attncompiler.tuning.state_schedule import ChunkSchedule, StateSchedule
@@ -82,27 +81,6 @@ def test_kernels_are_for_what_they_can_do() -> None:
     assert "float32, bfloat16 or float16" in unsupported(recurrence("plain", 5, 16, 16, "f64"))
 
 
-class _OnDevice(ModuleType):
-    """The kernels, with operands that are moved to the device and results that come back."""
-
-    @staticmethod
-    def forward(parts: Recurrence, operands: dict[str, Tensor], sizes: dict[str, int]) -> tuple[Tensor, ...]:
-        moved = {name: _moved(tensor) for name, tensor in operands.items()}
-        return tuple(result.cpu() for result in state_launch.forward(parts, moved, sizes))
-
-    @staticmethod
-    def backward(parts: Recurrence, operands: dict[str, Tensor], sizes: dict[str, int], *rest: object) -> dict[str, Tensor]:
-        moved = {name: _moved(tensor) for name, tensor in operands.items()}
-        rest = tuple(_moved(x) if isinstance(x, Tensor) else x for x in rest)
-        return {name: x.cpu() for name, x in state_launch.backward(parts, moved, sizes, *rest).items()}  # type: ignore[arg-type]
-
-
-def _moved(tensor: Tensor) -> Tensor:
-    """On the device with the same strides."""
-    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-    return moved.copy_(tensor)
-
-
 def _covering() -> list[tuple[str, tuple[int, int, int], str]]:
     """Every program in every type, and every size in every type; the sizes rotate."""
     every = len(ON_DEVICE)
@@ -116,14 +94,14 @@ def _covering() -> list[tuple[str, tuple[int, int, int], str]]:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "sizes", "dtype"), _covering(), ids=str)
 def test_on_device(name: str, sizes: tuple[int, int, int], dtype: str) -> None:
-    judge(_OnDevice("on_device"), state(name, *sizes, dtype), strided=sizes[0] == 129)
+    judge(state_launch, state(name, *sizes, dtype), strided=sizes[0] == 129, device="cuda")
 
 
 @pytest.mark.gpu
 def test_results_are_the_same_at_every_run() -> None:
     torch.manual_seed(0)
     program = state("a decay a token", 4096, 128, 128, "bf16")
-    parts, made = recurrence_of(program), {name: tensor.cuda() for name, tensor in operands(program).items()}
+    parts, made = recurrence_of(program), operands(program, device="cuda")
     runs = []
     for _ in range(3):
         o, final, _, rows = state_launch.forward(parts, made, {})
