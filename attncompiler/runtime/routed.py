@@ -46,10 +46,13 @@ class Routed:
 
     def operands(self) -> dict[str, Tensor]:
         """The operands of the compact program."""
-        made = {name: self.rows.take_vectors(self.layout.vectors(read, self.given)) for name, read in self.compact.copies}
+        made = {name: self._vectors(read) for name, read in self.compact.copies}
         made |= {name: self._taken(read) for name, read in self.compact.elements}
         made |= {self.compact.rows: self.rows.index, self.compact.count: self.rows.count}
         return {decl.name: made[decl.name] if decl.name in made else self.given[decl.name] for decl in self.compact.program.tensors}
+
+    def _vectors(self, read: Read) -> Tensor:
+        return self.rows.take_vectors(self.layout.vectors(read, self.given), self.layout.reads_all)
 
     def _taken(self, read: Read) -> Tensor:
         """Single elements by list, in float32 where the operand has less."""
@@ -93,10 +96,10 @@ def backward(
     call = Routed(program, operands, sizes, lists, count)
     rows, compact = call.rows, call.compact
     found: dict[str, Tensor] = {}  # without what has no gradient yet
-    fill = bool(program.weigh.extra)  # sums of a head take all of its rows
+    fill = call.layout.reads_all
     if not isinstance(compact.gain, Read):
         grad_rows, lse_rows = rows.take_gradients(grad_o, lse, None, None, None, fill)
-        summed = rows.take_vectors(o)
+        summed = rows.take_vectors(o, fill)
         summed = summed.masked_fill((lse_rows == float("-inf"))[..., None], 0.0) if call.layout.nan_if_empty else summed
     else:
         summed, along = summed[:, :, : rows.length], None

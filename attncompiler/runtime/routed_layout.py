@@ -23,7 +23,7 @@ QUERY_AXES = (B, H, Q_IDX)
 
 class RoutedLayout:
     """A program with a route for operands of one layout. `shape`: b, h, q_idx. `nonempty`: every query surely keeps a key;
-    `nan_if_empty`: one that keeps none gives NaN."""
+    `nan_if_empty`: one that keeps none gives NaN. `reads_all`: what runs over the lists also reads what is far past their ends."""
 
     def __init__(self, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
         self.program, self.sizes = program, sizes
@@ -32,6 +32,8 @@ class RoutedLayout:
         self.nonempty = proved_nonempty(program, sizes, self.extents)
         self.nan_if_empty = program.keep.empty is Empty.NAN and not program.weigh.extra and not self.nonempty
         self.compact = compact_rows(program, self.nonempty)
+        # sums of a head take all rows; so do those of keys, where a row that keeps none has weights
+        self.reads_all = bool(program.weigh.extra) or self.compact.program.keep.empty is Empty.SCORE
         device = operands[program.sum.tensor].device
         self._positions = whole({}, sizes, self.extents, torch.float32, device).positions
         self._elements: dict[Read, Vectors] = {}

@@ -67,9 +67,9 @@ class Rows:
         else:
             out.copy_(self.put(x))
 
-    def take_vectors(self, x: Tensor) -> Tensor:
-        """As `take`, of x [b, h, q_idx, D]; further past the end of a list than a tile it may hold anything."""
-        return row_kernels.take_rows(x, self.index, self.count, fill=False)[0] if x.is_cuda else self.take(x)
+    def take_vectors(self, x: Tensor, fill: bool) -> Tensor:
+        """As `take`, of x [b, h, q_idx, D]; without `fill` it may hold anything further past the end of a list than a tile."""
+        return row_kernels.take_rows(x, self.index, self.count, fill=fill)[0] if x.is_cuda else self.take(x)
 
     def put_vectors(
         self, x: Tensor, lse_rows: Tensor, gain: Tensor | None = None, nan_if_empty: bool = False, heads_first: bool = True

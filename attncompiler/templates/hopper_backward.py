@@ -41,7 +41,7 @@ def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, siz
         head, rank = _place(item, tiles, last // tiles)
         held_head = head % {held_heads}
         for member in range({members}):
-            row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables)
+            row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables, False)
             b, h, {row_tile}, fulls, full_at, full_first, full_last = row[:7]
             partials, partial_at, partial_first, partial_last{origin_names} = row[7:]
             mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)

@@ -43,7 +43,7 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
     while item < last:
         q_tiles = {q_tiles}
         head, rank = _place(item, q_tiles, last // q_tiles)
-        row = _row(head // H, head % H, rank, q_tiles, H, tables)
+        row = _row(head // H, head % H, rank, q_tiles, H, tables, True)
         b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
         {query_corner}
         mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)

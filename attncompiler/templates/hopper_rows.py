@@ -23,8 +23,9 @@ def _place(item, tiles, heads):
 
 
 @gluon.jit
-def _row(b, h, rank, tiles, H, tables):
-    """One row of tiles: where it lies, and the first range of either kind of tile; all is read at once."""
+def _row(b, h, rank, tiles, H, tables, AT_LEAST_ONE: gl.constexpr):
+    """One row of tiles: where it lies, and the first range of either kind of tile; all is read at once. A row that has no tile may
+    have to visit one, of which it keeps nothing."""
     order, full_count, full_begin, full_end, full_ranges = tables[:5]
     partial_count, partial_begin, partial_end, partial_ranges{Origins} = tables[5:]
     plan_row = {plan_row}
@@ -37,10 +38,11 @@ def _row(b, h, rank, tiles, H, tables):
     full_last = gl.load(full_end + full_at)
     partial_first = gl.load(partial_begin + partial_at)
     partial_last = gl.load(partial_end + partial_at)
-    empty = fulls + partials == 0  # a row with no tile visits tile 0, of which it keeps nothing
-    partials = gl.where(empty, 1, partials)
-    partial_first = gl.where(empty, 0, partial_first)
-    partial_last = gl.where(empty, 1, partial_last)
+    if AT_LEAST_ONE:
+        empty = fulls + partials == 0
+        partials = gl.where(empty, 1, partials)
+        partial_first = gl.where(empty, 0, partial_first)
+        partial_last = gl.where(empty, 1, partial_last)
     {origins}
     return b, h, row_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names}
 

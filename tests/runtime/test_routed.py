@@ -19,7 +19,7 @@ from attncompiler.ir.text import to_line, to_text
 from attncompiler.passes.compact_rows import compact_rows
 from attncompiler.runtime import lowering as chosen
 from attncompiler.runtime import routed, row_kernels, triton_launch
-from attncompiler.runtime.rows import rows_of
+from attncompiler.runtime.rows import Rows, rows_of
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS, Target
 from tests.programs import PROGRAMS, judge_on, operands, program
@@ -80,6 +80,29 @@ def test_kernels(name: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "documents", "pair bias and slopes", "bias of each key"])
 def test_kernels_of_few_queries(name: str) -> None:
     judge(triton_launch, routed_program(name, "gated", 9, 33, 16, 24))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("name", "route"), [
+    ("window", "a gain for each head"), ("empty rows are uniform", "gated"), ("pair bias and slopes", "switched"),
+])  # fmt: skip
+def test_kernels_with_anything_past_the_lists(name: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists as long as there are queries, and past the last tile of each NaN: as a GPU has it."""
+    take, take_gradients = Rows.take, Rows.take_gradients
+
+    def ended(rows: Rows, x: Tensor, fill: bool) -> Tensor:
+        tiles = -(-rows.count // row_kernels.TILE)
+        past = torch.arange(rows.length) >= tiles[..., None] * row_kernels.TILE
+        return x if fill else x.masked_fill(past[..., None], torch.nan)
+
+    def gradients(rows: Rows, *given: Any) -> tuple[Tensor, Tensor]:
+        grad, lse = take_gradients(rows, *given)
+        return ended(rows, grad, given[-1]), lse
+
+    monkeypatch.setattr(Rows, "take_vectors", lambda rows, x, fill: ended(rows, take(rows, x), fill))
+    monkeypatch.setattr(Rows, "take_gradients", gradients)
+    monkeypatch.setattr(Rows, "of", lambda lists, count: Rows(lists[0], count, lists[1], lists))
+    judge(triton_launch, routed_program(name, route, 290, 33, 16, 24))
 
 
 ON_A_GPU = [(257, 300, 80, 48), (600, 700, 128, 128), (1, 129, 128, 128)]  # queries, keys, size of q and k, of v
