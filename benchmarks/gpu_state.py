@@ -1,11 +1,12 @@
 """Linear attention with a decay of each head (Lightning-2) on a GPU: time, share of the memory floor, and what it costs a token.
 
-    python benchmarks/gpu_state.py [--schedules]
+    python benchmarks/gpu_state.py [--schedules | --quadratic]
 
 Errors are checked first, on a small size against float64: no time is printed beside a red one. The floor reads q, k and v once and
 writes O once (backward: reads q, k, v and dO, writes three gradients) at 3.35 TB/s. `device`: replay of a captured graph, which has no
 part of the host; the backward's is that of both less that of the forward. Each kernel by itself is from torch's profiler.
-`--schedules` times other ways to cut the walk.
+`--schedules` times other ways to cut the walk; `--quadratic` compiles the same as people write it, with its matrix of queries and keys,
+by this backend and by Inductor.
 """
 
 from __future__ import annotations
@@ -167,13 +168,48 @@ def schedules() -> None:
             print(f"{walk} {per_sm} a multiprocessor: {forward:.3f} {backward:.3f} ms")
 
 
+def quadratic() -> None:
+    """Milliseconds and further memory at its most of the quadratic source, forward alone and with the gradients."""
+    from attncompiler.zoo.lightning import lightning
+
+    b, h, n, d = CASES[0]
+    q, k, v, log = _inputs(b, h, n, d)
+    above = torch.randn_like(q)
+    print(f"\nquadratic source, B{b} H{h} N{n} D{d}\n{'':12} {'fwd ms':>9} {'MB':>7} {'both ms':>9} {'MB':>7}")
+    for backend in ("attncompiler", "inductor", "eager"):
+        torch._dynamo.reset()
+        compiled = lightning if backend == "eager" else torch.compile(lightning, backend=backend)
+
+        def forward() -> None:
+            with torch.no_grad():
+                compiled(q, k, v, -log)  # noqa: B023
+
+        def both() -> None:
+            torch.autograd.grad(compiled(q, k, v, -log), (q, k, v), above)  # noqa: B023
+
+        cells = []
+        for run in (forward, both):
+            run()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            megabytes = (torch.cuda.max_memory_allocated() - before) / 1e6
+            cells.append(f"{do_bench(run, return_mode='median'):9.3f} {megabytes:7.0f}")
+        print(f"{backend:12} {' '.join(cells)}", flush=True)
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--schedules", action="store_true")
+    arguments.add_argument("--quadratic", action="store_true")
     chosen = arguments.parse_args()
     print(torch.cuda.get_device_name())
     if not check():
         return 1
+    if chosen.quadratic:
+        quadratic()
+        return 0
     table()
     if chosen.schedules:
         schedules()
