@@ -15,16 +15,18 @@ from attncompiler.ir.evaluate import Block, whole
 from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, dots_of, reads_of
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty
-from attncompiler.passes.plan import TilePlan, build_plan, score_where_kept
+from attncompiler.passes.plan import TilePlan, TileRanges, build_plan, score_where_kept
 
 _BLOCK_Q, _BLOCK_KV = 128, 64
+_LONG = 2048  # of more queries than this a block holds twice as many: fewer calls, and what an edge cuts off weighs little
 _WHOLE = 256  # up to this many queries and keys, one block holds everything
 _ELEMENTS = 1 << 22  # scores in flight: they should stay in the cache of a core
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries [q0, q1) of batches [b0, b1) against the keys in `ranges`; `masked` where a pair may be outside `keep`."""
+    """Queries [q0, q1) of batches [b0, b1) against the keys in `ranges`, laid side by side. Only in the columns `partial` of these can a
+    pair be outside `keep`."""
 
     b0: int
     b1: int
@@ -33,7 +35,11 @@ class _Tile:
     q0: int
     q1: int
     ranges: tuple[tuple[int, int], ...]
-    masked: bool
+    partial: tuple[tuple[int, int], ...]
+
+    @property
+    def masked(self) -> bool:
+        return bool(self.partial)
 
 
 class _Run:
@@ -71,23 +77,24 @@ class _Run:
             return
         group = max(self.value.group, *(view.group for view in self.right.values()), 1)
         if m <= _WHOLE and n <= _WHOLE:
-            masked = self.program.keep.predicate != TRUE
+            partial: _Spans = ((0, n),) if self.program.keep.predicate != TRUE else ()
             for b0, b1, h0, h1 in self._batches(b, h, m, n, group):
-                yield _Tile(b0, b1, h0, h1, 0, m, ((0, n),), masked)
+                yield _Tile(b0, b1, h0, h1, 0, m, ((0, n),), partial)
             return
-        plan = build_plan(self.program, self.operands, self.sizes, _BLOCK_Q, _BLOCK_KV)
+        block_q = _BLOCK_Q if m <= _LONG else 2 * _BLOCK_Q
+        plan = build_plan(self.program, self.operands, self.sizes, block_q, _BLOCK_KV)
         rows = _row_ranges(plan, n)
         for tile in range(plan.q_tiles):
-            q0, q1 = tile * _BLOCK_Q, min((tile + 1) * _BLOCK_Q, m)
+            q0, q1 = tile * block_q, min((tile + 1) * block_q, m)
             for pb in range(plan.plan_b):
                 for ph in range(plan.plan_h):
-                    ranges, masked = rows[(pb * plan.plan_h + ph) * plan.q_tiles + tile]
+                    ranges, partial = rows[(pb * plan.plan_h + ph) * plan.q_tiles + tile]
                     keys = sum(stop - start for start, stop in ranges)
                     wide_b = (pb, pb + 1) if plan.plan_b > 1 else (0, b)
                     wide_h = (ph, ph + 1) if plan.plan_h > 1 else (0, h)
                     whole_group = group if plan.plan_h == 1 else 1
                     for b0, b1, h0, h1 in self._batches(wide_b[1] - wide_b[0], wide_h[1] - wide_h[0], q1 - q0, keys, whole_group):
-                        yield _Tile(wide_b[0] + b0, wide_b[0] + b1, wide_h[0] + h0, wide_h[0] + h1, q0, q1, ranges, masked)
+                        yield _Tile(wide_b[0] + b0, wide_b[0] + b1, wide_h[0] + h0, wide_h[0] + h1, q0, q1, ranges, partial)
 
     @staticmethod
     def _batches(b: int, h: int, m: int, n: int, group: int) -> Iterator[tuple[int, int, int, int]]:
@@ -146,9 +153,19 @@ class _Run:
             shared = any(result is value for value in block.memo.values()) or tuple(result.shape) != shape
             result = result.expand(shape).clone() if shared else result
         keep = self.program.keep
-        if tile.masked and keep.empty is not Empty.SCORE and keep.predicate != TRUE:
-            result.masked_fill_(~block.tensor(keep.predicate), float("-inf"))
+        if keep.empty is not Empty.SCORE and keep.predicate != TRUE:
+            for start, stop in tile.partial:
+                kept = self.columns(block, start, stop).tensor(keep.predicate)
+                result[..., start:stop].masked_fill_(~kept, float("-inf"))
         return result
+
+    def columns(self, block: Block, start: int, stop: int) -> Block:
+        """Of the keys of a block those in a span of its columns."""
+        keys = block.positions["kv_idx"]
+        if stop - start == keys.shape[3]:
+            return block
+        positions = {**block.positions, "kv_idx": keys[..., start:stop]}
+        return Block(self.operands, self.sizes, self.extents, positions, self.dtype)
 
 
 def _part(view: VectorView, tile: _Tile) -> Tensor:
@@ -161,17 +178,47 @@ def _part(view: VectorView, tile: _Tile) -> Tensor:
     return tensor
 
 
-def _row_ranges(plan: TilePlan, n: int) -> list[tuple[tuple[tuple[int, int], ...], bool]]:
-    """For each row of the plan its key ranges in elements, and whether any of its tiles is partial."""
-    visited = plan.visited
-    masked = (plan.partial.count > 0).tolist()
-    found = []
-    for count, begin, end, partial in zip(
-        visited.count.tolist(), visited.begin.tolist(), visited.end.tolist(), masked, strict=True
-    ):
-        spans = tuple((begin[i] * plan.block_kv, min(end[i] * plan.block_kv, n)) for i in range(count))
-        found.append((spans, partial))
-    return found
+_Spans = tuple[tuple[int, int], ...]
+
+
+def _row_ranges(plan: TilePlan, n: int) -> list[tuple[_Spans, _Spans]]:
+    """For each row of the plan its key ranges in elements, and which columns of these, laid side by side, are of partial tiles."""
+    visited, partial = (_tile_ranges(ranges) for ranges in (plan.visited, plan.partial))
+    return [_in_elements(tiles, cut, plan.block_kv, n) for tiles, cut in zip(visited, partial, strict=True)]
+
+
+def _tile_ranges(ranges: TileRanges) -> list[_Spans]:
+    rows = zip(ranges.count.tolist(), ranges.begin.tolist(), ranges.end.tolist(), strict=True)
+    return [tuple(zip(begin[:count], end[:count], strict=True)) for count, begin, end in rows]
+
+
+def _in_elements(tiles: _Spans, cut: _Spans, block: int, n: int) -> tuple[_Spans, _Spans]:
+    """Ranges of tiles, of which those in `cut` are partial, in elements and in columns."""
+    ranges, columns, left = [], [], iter(cut)
+    start, at = 0, next(left, None)
+    for begin, end in tiles:
+        while at is not None and at[0] < end:  # a run of partial tiles lies in one of visited ones
+            first, last = ((min(tile * block, n) - begin * block) + start for tile in at)
+            columns.append((first, last))
+            at = next(left, None)
+        ranges.append((begin * block, min(end * block, n)))
+        start += ranges[-1][1] - ranges[-1][0]
+    return tuple(ranges), _joined(columns, start)
+
+
+_FEW_SPANS = 4  # an expression is evaluated on each of so many; for more, once on all columns
+
+
+def _joined(spans: list[tuple[int, int]], length: int) -> _Spans:
+    """Spans that touch become one; all of `length` where they are many or hold most of it."""
+    found: list[tuple[int, int]] = []
+    for first, last in spans:
+        if found and found[-1][1] == first:
+            first = found.pop()[0]
+        found.append((first, last))
+    if len(found) > _FEW_SPANS or 2 * sum(last - first for first, last in found) > length:
+        return ((0, length),)
+    return tuple(found)
 
 
 def _scaled_dot(expr: Expr) -> tuple[Dot | None, float]:
