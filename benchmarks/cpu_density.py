@@ -24,7 +24,7 @@ import attncompiler
 from attncompiler import masks, select
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-TOKENS = {"moh": 2048, "s2": 4096, "dma": 4096}
+TOKENS = {"moh": 4096, "s2": 8192, "dma": 8192}
 KEPT = {"moh": (1.0, 0.5, 0.25), "s2": (1.0, 0.25, 0.125), "dma": (1.0, 0.25, 0.0625)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import unittest.mock
 import warnings
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def judge_run(found: Case, seed: int, lowering: ModuleType, dtype: torch.dtype) 
     small = {"_BLOCK_Q": 8, "_BLOCK_KV": 4, "_WHOLE": 0, "_ELEMENTS": 64}  # so that small problems have many tiles
     with unittest.mock.patch.multiple(portable, **small):
         try:
-            judge_on(lowering, declared.program, made)
+            judge_on(lowering, declared.program, made, runs=1)
         except AssertionError as error:
             return str(error)
     return ""
@@ -102,6 +103,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=0, help="configurations in all, forward and gradients, portable lowering")
     parser.add_argument("--kernels", type=int, default=0, help="the same through kernels; needs TRITON_INTERPRET=1")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further configuration after so long")
     parser.add_argument("--rule", action="append", choices=RULES, help="only this rule (may be given several times)")
     arguments = parser.parse_args()
     if arguments.kernels and os.environ.get("TRITON_INTERPRET") != "1":
@@ -109,16 +111,19 @@ def main() -> int:
     rules, failed = tuple(arguments.rule or RULES), 0
     for what in ("pairs", "runs", "kernels"):
         count = getattr(arguments, what)
-        judged = wrong = 0
+        judged, wrong, end = dict.fromkeys(rules, 0), 0, time.monotonic() + arguments.seconds
         for found, problem in verdicts(what, rules, range(arguments.first, arguments.first + count)):
-            judged += 1
+            judged[found.name.split()[0]] += 1
             if problem:
                 wrong += 1
                 print(f"{found}\n    {what}: {problem}", flush=True)
             if sys.stderr.isatty():
-                print(f"\r{what} {judged}", end="", file=sys.stderr)
+                print(f"\r{what} {sum(judged.values())}", end="", file=sys.stderr)
+            if time.monotonic() > end:
+                break
         if count:
-            print(f"{what}: {judged} configurations of {len(rules)} rules, {wrong} wrong", flush=True)
+            of_each = ", ".join(f"{rule} {times}" for rule, times in judged.items())
+            print(f"{what}: {sum(judged.values())} configurations, {wrong} wrong ({of_each})", flush=True)
         failed += wrong
     return 1 if failed else 0
 
