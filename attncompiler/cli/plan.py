@@ -39,7 +39,7 @@ Shape = tuple[int, int, int, int, int]  # B, H, queries, keys, D
 
 @dataclass(frozen=True)
 class _Planned:
-    """What a mask costs in tiles of some kind, and these tiles as a picture shows them. `build_ms`: choosing them, and the plan."""
+    """What a mask costs in tiles of some kind, and these tiles as a picture shows them. `build_ms`: as in Preview."""
 
     light: SpeedOfLight
     drawn: Callable[[], TilePlan]
@@ -119,8 +119,8 @@ def _as_run(mask: Mask, shape: Shape, target: Target, kept: int | None) -> _Plan
 
 def _in_tiles(mask: Mask, shape: Shape, target: Target, tile: tuple[int, ...], row_major: bool, kept: int | None) -> _Planned:
     b, h, m, n, _ = shape
-    start = time.perf_counter()
     tiles = ROWS if row_major else mask.tiles(b, h, m, n, *tile)
+    start = time.perf_counter()
     plan = mask.plan_in(tiles, b, h, m, n) if tiles else mask.plan(b, h, m, n, *tile)
     build_ms = 1e3 * (time.perf_counter() - start)
     strides = () if row_major or m != n else full_strides(mask.predicate(b, h, m, n), m, *tile)

@@ -29,7 +29,7 @@ from attncompiler.tuning.target import Target
 @dataclass(frozen=True)
 class Preview:
     """What runs of a program: the schedule of its kernels, the plan of the forward one, what that is worth (None where an axis has
-    no element), and what to know of these numbers. `build_ms`: choosing the schedule, and making the plan."""
+    no element), and what to know of these numbers. `build_ms`: making the plan, in tiles of tokens in a row choosing these too."""
 
     schedule: Schedule
     plan: TilePlan
@@ -66,6 +66,9 @@ def preview(
     schedule = schedule_of_layout(program, sizes, target, outlines) if has_kernels else choose_schedule(program, target)
     forward = schedule.forward
     if forward.tiles:
+        start = (
+            time.perf_counter()
+        )  # the shape of boxes is chosen once, before any plan; what tokens in a row want, from their plans
         plan = build_boxes(program, sizes, forward.tiles, False, torch.device("cpu"))
     else:
         given = {program.sum.tensor: torch.empty(0), **known}
