@@ -189,6 +189,8 @@ def _mask(node: ast.expr, text: str) -> Mask:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         return ~_mask(node.operand, text)
     call = node if isinstance(node, ast.Call) else None
+    if call is not None and isinstance(call.func, ast.Attribute) and call.func.attr == "after":
+        return _after(call.func.value, call, text)
     name = call.func if call is not None else node
     if not isinstance(name, ast.Name) or name.id not in _NAMES:
         raise OptionError(f"{ast.unparse(node)!r} in {text!r} is no mask", do=f"the masks are {', '.join(_NAMES)}")
@@ -205,6 +207,15 @@ def _mask(node: ast.expr, text: str) -> Mask:
     except ValueError as error:
         raise OptionError(f"the arguments of {name.id} in {text!r} must be literals") from error
     return _made(name.id, positional, named)
+
+
+def _after(node: ast.expr, call: ast.Call, text: str) -> Mask:
+    """A mask for queries that come after a number of tokens."""
+    try:
+        (count,) = (ast.literal_eval(argument) for argument in (*call.args, *call.keywords))
+    except ValueError as error:
+        raise OptionError(f"{ast.unparse(call)!r} in {text!r}: after takes one number", do="give the tokens before it") from error
+    return _mask(node, text).after(count)
 
 
 def _rule(node: ast.expr, text: str) -> Mask | bool:

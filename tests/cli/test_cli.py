@@ -122,6 +122,11 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["bound_tiles"] == 32 / 11 and found["bound_worst"] == 8 / 3 and found["predicted_ms"] > 0 and found["build_ms"] > 0
 
 
+def test_plan_of_queries_after_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "(causal & window(6)).after(500)", "--shape", "2,4,12,512,64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_pairs"] == 8 * 12 * 7
+
+
 def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     grid = ["plan", "grid((16, 16), window=(8, 8), stride=8)", "--shape", "1,1,256,64", "--tile", "64,64"]
     assert main([*grid, "--picture", "--svg", str(tmp_path / "grid.svg"), "--png", str(tmp_path / "grid.png")]) == 0
@@ -137,6 +142,9 @@ def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_
         (["causal &"], "no expression of masks"),
         (["causal & __import__('os')"], "is no mask"),
         (["window(x)"], "must be literals"),
+        (["causal.after(x)"], "after takes one number"),
+        (["causal.after(1, 2)"], "after takes one number"),
+        (["causal.after(-1)"], "after(-1) of a mask"),
         (["window(left=1, middle=2)"], "window: "),
         (["grid((4, 4), 3)"], "is for 16 tokens, not 64 queries"),
         (["segments({'text': 4}, {('text', 'image'): causal})"], "segments has no pair ('text', 'image')"),
