@@ -80,13 +80,12 @@ def _wrong(case: Case, qkv: list[Tensor], o: Tensor, lse: Tensor, grad_o: Tensor
     """What differs from float32 attention over a sample of rows; "" if nothing does."""
     q, k, v = (x[0].float() for x in qkv)
     n, scale = q.shape[1], q.shape[2] ** -0.5
-    head, mask = case.heads // 2, case.mask.to("cuda")
+    head, predicate = case.heads // 2, _predicate(case)
     zero, every = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="cuda"), torch.arange(n, device="cuda")
     heads = torch.arange(case.heads, device="cuda")[:, None, None]
     rows = torch.randperm(n, device="cuda")[:64]
 
     def kept(queries: Tensor, keys: Tensor) -> Tensor:
-        predicate = mask.on if not hasattr(mask, "mask") else mask.mask.on  # without the check of sizes: these are samples
         found = predicate(zero, heads, queries[:, None], keys[None, :])
         return found.expand(1, case.heads, len(queries), len(keys))[0, head]
 
@@ -165,11 +164,17 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None, kernels: boo
     return "| " + " | ".join(cells) + " |"
 
 
+def _predicate(case: Case) -> Callable[..., Tensor]:
+    """The mask on the device, without its check of sizes: what is asked are samples."""
+    mask = case.mask.to("cuda")
+    return mask.mask.on if hasattr(mask, "mask") else mask.on
+
+
 def _counted(case: Case) -> int:
     """The kept pairs, each looked at on the device: seconds for 131072 tokens."""
     n, device = case.tokens, torch.device("cuda")
     heads, keys = (torch.arange(size, dtype=torch.int32, device=device) for size in (case.heads, n))
-    predicate, total = case.mask.mask.on if hasattr(case.mask, "mask") else case.mask.on, 0
+    predicate, total = _predicate(case), 0
     for rows in torch.arange(n, dtype=torch.int32, device=device).split(64):
         kept = predicate(torch.zeros_like(rows[:1]), heads[:, None, None], rows[:, None], keys)
         total += int(kept.expand(case.heads, len(rows), n).sum())

@@ -12,15 +12,18 @@ from attncompiler.codegen.lowerable import lowerable
 from attncompiler.codegen.vectors import VectorGradient, VectorView, add_elements, poison_empty_heads, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block, whole
-from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, dots_of, reads_of
+from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, axes_of, dots_of, reads_of
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty
 from attncompiler.passes.plan import TilePlan, TileRanges, build_plan, score_where_kept
 
 _BLOCK_Q, _BLOCK_KV = 128, 64
-_LONG = 2048  # of more queries than this a block holds twice as many: fewer calls, and what an edge cuts off weighs little
+_LONG = 2048  # of more queries than this a block of one head holds twice as many: fewer calls
 _WHOLE = 256  # up to this many queries and keys, one block holds everything
 _ELEMENTS = 1 << 22  # scores in flight: they should stay in the cache of a core
+_FEW_SPANS = 4  # a mask is evaluated on each of so many spans of columns; for more, once on all
+
+_Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class _Tile:
     h1: int
     q0: int
     q1: int
-    ranges: tuple[tuple[int, int], ...]
-    partial: tuple[tuple[int, int], ...]
+    ranges: _Spans
+    partial: _Spans
 
     @property
     def masked(self) -> bool:
@@ -81,7 +84,8 @@ class _Run:
             for b0, b1, h0, h1 in self._batches(b, h, m, n, group):
                 yield _Tile(b0, b1, h0, h1, 0, m, ((0, n),), partial)
             return
-        block_q = _BLOCK_Q if m <= _LONG else 2 * _BLOCK_Q
+        one_by_one = "h" in axes_of(self.program.keep.predicate)  # heads with plans of their own
+        block_q = 2 * _BLOCK_Q if one_by_one and m > _LONG else _BLOCK_Q
         plan = build_plan(self.program, self.operands, self.sizes, block_q, _BLOCK_KV)
         rows = _row_ranges(plan, n)
         for tile in range(plan.q_tiles):
@@ -178,9 +182,6 @@ def _part(view: VectorView, tile: _Tile) -> Tensor:
     return tensor
 
 
-_Spans = tuple[tuple[int, int], ...]
-
-
 def _row_ranges(plan: TilePlan, n: int) -> list[tuple[_Spans, _Spans]]:
     """For each row of the plan its key ranges in elements, and which columns of these, laid side by side, are of partial tiles."""
     visited, partial = (_tile_ranges(ranges) for ranges in (plan.visited, plan.partial))
@@ -204,9 +205,6 @@ def _in_elements(tiles: _Spans, cut: _Spans, block: int, n: int) -> tuple[_Spans
         ranges.append((begin * block, min(end * block, n)))
         start += ranges[-1][1] - ranges[-1][0]
     return tuple(ranges), _joined(columns, start)
-
-
-_FEW_SPANS = 4  # an expression is evaluated on each of so many; for more, once on all columns
 
 
 def _joined(spans: list[tuple[int, int]], length: int) -> _Spans:
@@ -432,7 +430,7 @@ def _accumulate(changes: dict[Dot | Read, Tensor], slopes: Mapping[Dot | Read, E
 def _add_dot(run: _Run, tile: _Tile, dot: Dot, grad: Tensor, vectors: Mapping[Read, VectorGradient]) -> None:
     left, right = vectors.get(dot.left), vectors.get(dot.right)
     queries, keys = run.queries(run.left[dot], tile), run.keys(run.right[dot], tile)
-    rows: tuple[tuple[int, int], ...] = ((tile.q0, tile.q1),)
+    rows: _Spans = ((tile.q0, tile.q1),)
     columns = tile.ranges
     if keys.shape[2] == 1 and grad.shape[3] != 1:  # one vector for all keys
         grad, columns = grad.sum(3, keepdim=True), ((0, 1),)

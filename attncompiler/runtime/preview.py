@@ -66,9 +66,7 @@ def preview(
     schedule = schedule_of_layout(program, sizes, target, outlines) if has_kernels else choose_schedule(program, target)
     forward = schedule.forward
     if forward.tiles:
-        start = (
-            time.perf_counter()
-        )  # the shape of boxes is chosen once, before any plan; what tokens in a row want, from their plans
+        start = time.perf_counter()  # boxes are chosen before any plan, tiles of tokens in a row by their plans
         plan = build_boxes(program, sizes, forward.tiles, False, torch.device("cpu"))
     else:
         given = {program.sum.tensor: torch.empty(0), **known}

@@ -113,7 +113,7 @@ def main() -> int:
         count = getattr(arguments, what)
         judged, wrong, end = dict.fromkeys(rules, 0), 0, time.monotonic() + arguments.seconds
         for found, problem in verdicts(what, rules, range(arguments.first, arguments.first + count)):
-            judged[found.name.split()[0]] += 1
+            judged[found.rule] += 1
             if problem:
                 wrong += 1
                 print(f"{found}\n    {what}: {problem}", flush=True)

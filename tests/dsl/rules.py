@@ -41,13 +41,14 @@ class Rule:
 class Case:
     """A mask at its sizes. `expected`: bool [b, h, m, n]."""
 
-    name: str
+    rule: str
+    seed: int
     mask: Mask
     sizes: Sizes
     expected: Tensor
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.mask} at {self.sizes}"
+        return f"{self.rule} {self.seed}: {self.mask} at {self.sizes}"
 
 
 def case(rule: str, seed: int) -> Case:
@@ -60,7 +61,7 @@ def case(rule: str, seed: int) -> Case:
         drawn, sizes = OF_THEIR_SIZES[rule](r)
     axes = (range(size) for size in (sizes.b, sizes.h, sizes.m, sizes.n))
     flat = torch.tensor([drawn.keeps(*at) for at in itertools.product(*axes)], dtype=torch.bool)
-    return Case(f"{rule} {seed}", drawn.mask, sizes, flat.reshape(sizes.b, sizes.h, sizes.m, sizes.n))
+    return Case(rule, seed, drawn.mask, sizes, flat.reshape(sizes.b, sizes.h, sizes.m, sizes.n))
 
 
 def _sizes(r: random.Random, most: int = 24) -> Sizes:
