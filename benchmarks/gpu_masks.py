@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_session import milliseconds
+from gpu_session import kernel_times, milliseconds
 from torch import Tensor
 
 from attncompiler import masks
@@ -127,7 +127,7 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None, kernels: boo
     if case.backward:
         runs["bwd"] = lambda: triton_launch.backward(program, made, {}, o, lse, rcp, grad_o, None, wanted)
     if kernels:
-        print(f"{case.name}: {_kernels(runs)}")
+        print(f"{case.name}: {kernel_times(runs)}")
     leaves = [x.detach().requires_grad_() for x in qkv]
     if case.flex is not None and compiled is not None:
         block_mask = create_block_mask(case.flex, None, h if case.name.startswith("s2") else None, n, n, device="cuda")
@@ -179,19 +179,6 @@ def _counted(case: Case) -> int:
         kept = predicate(torch.zeros_like(rows[:1]), heads[:, None, None], rows[:, None], keys)
         total += int(kept.expand(case.heads, len(rows), n).sum())
     return total
-
-
-def _kernels(runs: Mapping[str, Callable[[], object]], times: int = 20) -> str:
-    """Milliseconds of each kernel, the mean of so many runs."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(times):
-            for run in runs.values():
-                run()
-        torch.cuda.synchronize()
-    of = {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
-    return ", ".join(f"{name} {ms:.3f}" for name, ms in of.items() if ms > 0)
 
 
 def _predicted(program: Attention, made: dict[str, Tensor]) -> float:

@@ -1,9 +1,10 @@
 """MoH on a GPU: heads that are off for a query, beside the same attention with every head on.
 
-    python benchmarks/gpu_moh.py [--n 8192]
+    python benchmarks/gpu_moh.py [--n 8192] [--kernels]
 
 Causal, 32 heads of queries and 8 of keys, D128, bf16. Checked against float32 on sampled rows first. `over share`: time / (share
-of pairs of query and head that are on, times our own dense time). Medians of `triton.testing.do_bench`.
+of pairs of query and head that are on, times our own dense time). Medians of `triton.testing.do_bench`. `--kernels`: also the device
+time of each kernel, from torch's profiler.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from gpu_session import kernel_times
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -76,7 +78,9 @@ def check(o: Tensor, grads: list[Tensor], leaves: list[Tensor], on: Tensor, grad
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=8192)
-    n = parser.parse_args().n
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
+    arguments = parser.parse_args()
+    n = arguments.n
     torch.manual_seed(0)
 
     def made(*shape: int) -> Tensor:
@@ -96,6 +100,8 @@ def main() -> None:
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, N{n} H{HEADS}/{KV_HEADS} D{D} bf16 causal")
     dense = both(lambda: ours(q, k, v), [q, k, v], grad)
+    if arguments.kernels:
+        print(kernel_times({"both": lambda: torch.autograd.grad(ours(q, k, v), [q, k, v], grad)}))
     peer = both(cudnn, [q, k, v], grad)
     gated = both(lambda: cudnn() * gate.transpose(1, 2)[..., None], [q, k, v, gate], grad)
     print("| heads on | fwd ms | over share | bwd ms | over share |\n|---|---|---|---|---|")
@@ -111,6 +117,8 @@ def main() -> None:
         check(o, grads, leaves, on, grad)
         share = (shared + chosen) / HEADS
         times = both(lambda: ours(*leaves, on), leaves, grad)  # noqa: B023
+        if arguments.kernels:
+            print(kernel_times({"both": lambda: torch.autograd.grad(ours(*leaves, on), leaves, grad)}))  # noqa: B023
         ratios = [time / (share * whole) for time, whole in zip(times, dense, strict=True)]
         print(f"| {share:.0%} | {times[0]:.3f} | {ratios[0]:.2f} | {times[1]:.3f} | {ratios[1]:.2f} |")
 

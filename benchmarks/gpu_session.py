@@ -97,6 +97,19 @@ def operands_of(case: Case, n: int, h: int, d: int) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- time
 
 
+def kernel_times(runs: Mapping[str, Callable[[], object]], times: int = 20) -> str:
+    """Milliseconds of each kernel, the mean of so many runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(times):
+            for run in runs.values():
+                run()
+        torch.cuda.synchronize()
+    of = {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
+    return ", ".join(f"{name} {ms:.3f}" for name, ms in of.items() if ms > 0)
+
+
 def milliseconds(f: Callable[[], object], warmup: int = 15, rep: int = 60) -> float:
     from triton.testing import do_bench
 
