@@ -87,14 +87,14 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
     program = emission.program
     pointers = {pointer_name(d.name): f"*{_TYPES[d.dtype]}" for d in program.tensors}
     value = _TYPES[program.value.dtype]
-    pointers |= {"O": f"*{value}", "DO": f"*{value}"}
+    pointers |= dict.fromkeys(("O", "DO", "Summed", "Gain"), f"*{value}")
     pointers |= dict.fromkeys(("Lse", "Rcp", "Reference", "Delta", "DLse"), "*fp32")
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:
-        table = name.startswith(("Full", "Partial", "Order", "NextRow", "Shares", "Origins", "Windows")) and not name.endswith(
-            "_ranges"
-        )
+        table = name.startswith(
+            ("Full", "Partial", "Order", "NextRow", "Shares", "Queue", "Index", "Place", "Count", "Origins", "Windows")
+        ) and not name.endswith("_ranges")
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
         elif block := emission.descriptor_block(kernel, name):

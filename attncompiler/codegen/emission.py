@@ -47,16 +47,27 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class ByList:
+    """Rows of queries by list (runtime/rows.py). `gains`: what each gives is multiplied by a gain. `sums`: what it was before is kept,
+    in the order of the list."""
+
+    gains: bool
+    sums: bool
+
+
+@dataclass(frozen=True)
 class Layout:
     """What the operands look like at run time, as far as the source depends on it.
 
     `groups` holds the heads that share a vector, for each vector operand in order of first use; `wanted` names the operands whose
-    gradients are asked for, `described` those of them whose gradients lie so that tensor descriptors can show them."""
+    gradients are asked for, `described` those of them whose gradients lie so that tensor descriptors can show them. `by_list`: the
+    forward kernel takes the vectors of queries, and puts what they give, as lists name them."""
 
     groups: tuple[int, ...]
     wanted: frozenset[str]
     has_grad_lse: bool = False
     described: frozenset[str] = frozenset()
+    by_list: ByList | None = None
 
     @staticmethod
     def of(groups: tuple[int, ...], wanted: frozenset[str]) -> Layout:
@@ -123,19 +134,24 @@ class Emission:
         that plans, or the one that makes delta."""
         if kernel != "attention_forward":
             return self.has_warp_roles(kernel)
+        return self.has_queue(kernel)
+
+    def has_queue(self, kernel: str) -> bool:
+        """True where only the device knows how long rows are, and so in which order they are taken (runtime/queue.py)."""
         return self.has_warp_roles(kernel) and not self.schedule.of(kernel).tiles and bool(reads_of(self.program.keep.predicate))
 
     def descriptor_block(self, kernel: str, name: str) -> tuple[int, ...] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""
         if not self.schedule.descriptors or not self.schedule.follows_plan(kernel):
             return None
-        lefts = {"O", "DO", *(pointer_name(v.name) for v in self.lefts())}
+        lefts = {"O", "Summed", "DO", *(pointer_name(v.name) for v in self.lefts())}
         sizes = {pointer_name(v.name): v.block for v in self.vectors.values()} | {"DO": self.value.block}
         if self.has_warp_roles(kernel):
-            sizes["O"] = self.value.block
+            sizes |= {"O": self.value.block, "Summed": self.value.block}
             sizes |= {f"Grad_{v.name}": v.block for v in self.vectors.values() if v.name in self.layout.described}
             lefts |= {f"Grad_{v.name}" for v in self.lefts()}
-        if name not in sizes:
+        by_list = kernel == "attention_forward" and self.layout.by_list is not None
+        if name not in sizes or (by_list and name in ("O", pointer_name(self.lefts()[0].name))):
             return None
         queries, keys = (self.box(kernel, axis) for axis in (Q_IDX, KV_IDX))
         box = queries if name in lefts else keys
@@ -354,7 +370,11 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
         parameters.append(pointer_name(tensor))
         parameters += [f"stride_{tensor}_{place}" for place in range(len(e.program.decls[tensor].shape))]
     if kernel == "forward":
-        parameters += ["O", "Lse", *(["Rcp"] if e.program.has_rcp else []), "stride_o_b", "stride_o_h", "stride_o_m"]
+        parameters += ["O", "Lse", *(["Rcp"] if e.program.has_rcp else [])]
+        if e.layout.by_list is not None:
+            parameters += list_parameters(e)
+        elif not e.schedule.warp_roles:
+            parameters += ["stride_o_b", "stride_o_h", "stride_o_m"]
     else:
         rcp = ["Rcp"] if e.program.has_rcp else []
         parameters += ["DO", *([] if e.schedule.descriptors else [f"stride_do_{a}" for a in "bhmd"])]
@@ -381,7 +401,16 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
         parameters += [f"{name}Count", f"{name}Begin", f"{name}End", f"{name}_ranges"]
     if e.has_warp_roles(f"attention_{section}"):
         parameters += ["NextRow"] if e.takes_tickets(f"attention_{section}") else ["Shares"]
+        parameters += ["Queue"] if e.has_queue(f"attention_{section}") else []
     return [*parameters, "Order", "H", "M", "N", *sizes, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
+
+
+def list_parameters(e: Emission) -> list[str]:
+    """What a forward kernel takes besides where queries come and outputs go by list."""
+    assert e.layout.by_list is not None
+    strides = [f"stride_{e.lefts()[0].name}_{a}" for a in ("b", "h", "row")] + [f"stride_o_{a}" for a in "bhm"]
+    gains = ["Gain", *(f"stride_gain_{a}" for a in "bhm")] if e.layout.by_list.gains else []
+    return [*strides, "Index", "Place", "Count", *gains, *(["Summed"] if e.layout.by_list.sums else [])]
 
 
 def visit_ranges(template: str, name: str, tile: str, plan_row: str, moving: TilePositions) -> str:

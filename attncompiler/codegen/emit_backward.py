@@ -292,7 +292,10 @@ def delta_source(e: Emission) -> str:
     parameters = signature(parameters_of(e, "delta"))
     if not e.schedule.delta_over_keys:
         tickets = softmax_backward.NO_TICKETS if e.schedule.warp_roles else ""
-        text = fill(softmax_backward.DELTA, parameters=parameters, make_reference=reference, store_delta=store, no_tickets=tickets)
+        unread = e.program.keep.empty is Empty.UNREAD
+        pass_empty = "inside = inside & ~empty[:, None]  # nothing wrote these rows" if unread else ""
+        holes = {"make_reference": reference, "store_delta": store, "no_tickets": tickets, "pass_empty": pass_empty}
+        text = fill(softmax_backward.DELTA, parameters=parameters, **holes)
         return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")
     where, _ = e.positions(DELTA)
     names, load_queries = _query_tile(e, DELTA)

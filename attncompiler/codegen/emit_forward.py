@@ -11,7 +11,6 @@ from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import Names, triton
 from attncompiler.ir.expr import ONE
-from attncompiler.ir.program import Empty
 from attncompiler.templates import softmax_forward
 
 KERNEL = "attention_forward"
@@ -30,7 +29,7 @@ def forward_source(e: Emission) -> str:
                   'm_ref = tl.where(m_new == float("-inf"), 0.0, m_new)', "alpha = tl.exp2(m_i - m_ref)",
                   "l_i = l_i * alpha + tl.exp2(extra - m_ref)", "acc = acc * alpha[:, None]", "m_i = m_new"]  # fmt: skip
     finish = ["out = acc / l_i[:, None]"]
-    if e.program.keep.empty is Empty.ZERO:
+    if e.program.keep.zero_if_empty:
         finish = ["out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row that keeps no key is 0"]
     finish.append(f"lse = {e.natural('m_i + tl.log2(l_i)')}")
     rcp = ""

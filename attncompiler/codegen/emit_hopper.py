@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attncompiler.codegen.emission import Emission, corner, parameters_of, vector_reads
+from attncompiler.codegen.emission import Emission, corner, halved, parameters_of, vector_reads
 from attncompiler.codegen.hopper import (
     element_type,
     every_tile,
@@ -19,8 +19,7 @@ from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import pointer_name, triton
 from attncompiler.ir.expr import Q_IDX, Expr
-from attncompiler.ir.program import Empty
-from attncompiler.templates import hopper_forward
+from attncompiler.templates import hopper_by_list, hopper_forward, hopper_rows
 
 KERNEL = "attention_forward"
 _LOAD = "slot, phase = _load_tile({K}, {V}, rings, barriers, sizes, (b, h, tile{origin_names}), slot, phase)"
@@ -48,12 +47,25 @@ def hopper_forward_source(e: Emission) -> str:
     queries, moving = e.positions(KERNEL)
     key_positions = moving.lines("tile", "kv_start", "keys")
     key_positions = key_positions if moving.tiles else f"kv_start = tile * BLOCK_N\n{key_positions}"
-    row = row_holes(e, KERNEL, "q_tile")
+    q_tiles = str(queries.tiles.row_tiles) if queries.tiles else "gl.cdiv(M, BLOCK_M)"
+    row = row_holes(e, KERNEL, "q_tile", f"B * H * {q_tiles}")
     pointers = {name: pointer_name(vector.name) for name, vector in (("Q", q), ("K", k), ("V", v))}
     load = fill(_LOAD, **pointers, **row)
+    q_tile = halved(e.box(KERNEL, Q_IDX))
+    ways = _queries_and_outputs(e, {**pointers, **row})
+    holes = {**row, **pointers, **ways, "query_corner": queries.corner("q_tile"), "q_tiles": q_tiles}
+    if e.has_queue(KERNEL):
+        holes["first_words"] = hopper_rows.FIRST_WORDS.replace("[4]", "[1]")
+        every = every_tile(fill(hopper_forward.POST_NEXT, **row) + load)
+        loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
+    else:
+        loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
     text = fill(
         hopper_forward.KERNEL,
-        parameters=signature(["B", *(name for name in parameters if not name.startswith(("BLOCK_", "stride_o_")))]),
+        loads=loads,
+        row_readers=str(2 + e.has_queue(KERNEL) + (e.layout.by_list is not None)),
+        **ways,
+        parameters=signature(["B", *(name for name in parameters if not name.startswith("BLOCK_"))]),
         operands=", ".join(passed_on(e, KERNEL)),
         before=before,
         masked_reads=masked_reads,
@@ -61,19 +73,14 @@ def hopper_forward_source(e: Emission) -> str:
         masked_scale=masked_scale,
         partial_tile=fill(hopper_forward.TILE, key_positions=key_positions, reads=masked_reads, scores=masked, scale=masked_scale),
         full_tile=fill(hopper_forward.TILE, key_positions=key_positions, reads=reads, scores=full, scale=scale),
-        every_tile=every_tile(load),
         extra_scores="\n".join(extra),
-        denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.empty is Empty.ZERO else "l_i",
+        denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.zero_if_empty else "l_i",
         key_positions=key_positions,
         query_positions=queries.lines("q_tile", "q_tile * BLOCK_M", "(GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES)))"),
-        query_corner=queries.corner("q_tile"),
         key_corner=moving.corner("tile"),
-        q_tiles=str(moving.tiles.row_tiles) if moving.tiles else "gl.cdiv(M, BLOCK_M)",
-        q_at=corner("h", 1, of_group(queries, "q_tile * BLOCK_M", e.box(KERNEL, Q_IDX), "group")),
-        o_at=corner("h", 1, of_group(queries, "q_tile * BLOCK_M", e.box(KERNEL, Q_IDX), "GROUP")),
         k_at=corner(head_of(k), k.group, moving.at("tile * BLOCK_N")),
         v_at=corner(head_of(v), v.group, moving.at("tile * BLOCK_N")),
-        q_box=listed(e.descriptor_block(KERNEL, pointers["Q"])),
+        q_box=listed((*((1, 1) if len(q_tile) < 3 else (1,)), *q_tile, q.size)),
         k_box=listed(e.descriptor_block(KERNEL, pointers["K"])),
         ln2=repr(math.log(2)),
         **pointers,
@@ -90,6 +97,52 @@ def hopper_forward_source(e: Emission) -> str:
             "{dtype}": element_type(e),
         },
     )
+
+
+def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
+    """How queries come and outputs go: tile by tile through descriptors, or one by one as a list names them."""
+    queries, _ = e.positions(KERNEL)
+    q_at, o_at = (corner("h", 1, of_group(queries, "q_tile * BLOCK_M", e.box(KERNEL, Q_IDX), who)) for who in ("group", "GROUP"))
+    by_list = e.layout.by_list
+    if by_list is None:
+        return {
+            "load_queries": fill(hopper_forward.LOAD_QUERIES, q_at=q_at, **holes),
+            "store": fill(hopper_forward.STORE, o_at=o_at),
+            **dict.fromkeys(("by_list", "list_passed", "list_buffers", "taking_warp", "takes", "after_queries"), ""),
+            "q_arrivals": "1",
+            "workers": "4, 1",
+            "registers": "232, 40" if e.has_queue(KERNEL) else "240, 24",  # a loader that takes rows from a queue holds more
+        }
+    outputs = (", gains" if by_list.gains else "") + (", Summed" if by_list.sums else "")
+    of_gains = ", gains, Gain, stride_gain_b, stride_gain_h, stride_gain_m" if by_list.gains else ""
+    output_strides = "stride_o_b, stride_o_h, stride_o_m"
+    strides = ", ".join(f"stride_{e.lefts()[0].name}_{axis}" for axis in ("b", "h", "row"))
+    lists = f"(Index, Place, Count, listed, unlisted{of_gains})"
+    return {
+        "load_queries": "",
+        "store": fill(
+            hopper_by_list.STORE,
+            outputs=outputs,
+            scale=hopper_by_list.SCALE if by_list.gains else "",
+            store_sums=fill(hopper_by_list.STORE_SUMS, o_at=o_at) if by_list.sums else "",
+        ),
+        "by_list": ", by_list",
+        "list_passed": f", (listed{outputs}, {output_strides})",
+        "list_buffers": fill(hopper_by_list.BUFFERS, gains=hopper_by_list.GAINS if by_list.gains else ""),
+        "taking_warp": fill(
+            hopper_by_list.TAKING_WARP,
+            first_words=hopper_rows.FIRST_WORDS.replace("[4]", "[1]"),
+            next_words=hopper_rows.NEXT_WORDS,
+            gain_names=", gains, Gain, gain_b, gain_h, gain_m" if by_list.gains else "",
+            take_gains=hopper_by_list.TAKE_GAINS if by_list.gains else "",
+            Q=holes["Q"],
+        ),
+        "takes": f"(_takes, ({holes['Q']}, O, Lse, queries, {lists}, (H, M, B * H * gl.cdiv(M, 128)), ({strides}), ({output_strides}))),",
+        "after_queries": "fence_async_shared()  # what threads copied, products read",
+        "q_arrivals": "33",  # the copies of each thread, and what else the warp leaves
+        "workers": "4, 1, 1",
+        "registers": "232, 40, 40",
+    }
 
 
 def _scores(e: Emission, loaded: dict[Expr, str], masked: bool) -> tuple[str, str, str]:

@@ -17,14 +17,21 @@ from attncompiler.codegen.hopper import (
 )
 from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
-from attncompiler.codegen.triton_expr import Names, pointer_name
-from attncompiler.ir.expr import KV_IDX, Q_IDX, Dot, Expr, Read
+from attncompiler.codegen.tile_bounds import FlatNames
+from attncompiler.codegen.triton_expr import Names, pointer_name, stride_name, triton
+from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Const, Dot, Expr, Read, axes_of, reads_of
+from attncompiler.ir.program import Dtype
 from attncompiler.templates import hopper_backward, softmax_backward
 
 
 def hopper_backward_source(e: Emission, kernel: str) -> str:
     """The kernel for the gradients of keys, or that for queries; its helpers are those of `hopper_source`."""
     return _Side(e, kernel).source()
+
+
+_MOST_HANDED = (
+    208  # bytes of parameters, which lie in shared memory too: with 128 channels the ring then still fits (232440 of 232448)
+)
 
 
 class _Side:
@@ -48,13 +55,16 @@ class _Side:
         of_side = "kv" if self.by_keys else "q"
         self.elements = [r for r in element_gradients(e.program, wanted) if side_of(r) == of_side]
         self.factors: dict[str, float] = {}
+        self.brought = self._brought()
         starts = f"{self.row_tile} * {self.held_rows} + PART * 64", f"tile * {self.streamed_rows}"
         self.test = group_test(e, self.stays, self.moves, *starts, self.streamed_rows)
 
     def source(self) -> str:
         names = self.e.names(self.kernel, frozenset({self.stays.axis.name}))
         before = self.e.preload(names, frozenset({"b", "h", self.stays.axis.name}))
-        holes = {**row_holes(self.e, self.kernel, self.row_tile), **self._operands(), **self._statistics()}
+        operands = self._operands()
+        all_rows = f"B * {operands['held_heads']} * {operands['row_tiles']}"
+        holes = {**row_holes(self.e, self.kernel, self.row_tile, all_rows), **operands, **self._statistics()}
         load = fill(hopper_backward.LOAD_TILE, **holes)
         parts = [
             fill(hopper_backward.LOADS, every_tile=every_tile(load), **holes),
@@ -113,27 +123,63 @@ class _Side:
         """How the groups come by reference and delta: with each tile of queries, or once for their own."""
         if not self.by_keys:
             return {
-                "load_statistics": "", "store_statistics": "", "statistics_ring": "", "statistics_passed": "None",
-                "statistics": "None", "ready_count": "1",
+                "load_statistics": "", "store_statistics": "", "statistics_ring": "", "statistics_rings": "statistics_ring",
+                "statistics_passed": "None", "statistics": "None", "ready_count": "1",
             }  # fmt: skip
         positions = self._positions(f"gl.arange(0, {self.streamed_rows}, PAIRS)", held=False)
-        ring = f"[{2 * self.schedule.num_stages}, {self.streamed_rows}], gl.SwizzledSharedLayout(1, 1, 1, [0])"
+        stages, layout = self.schedule.num_stages, "gl.SwizzledSharedLayout(1, 1, 1, [0])"
+        rings = [f"statistics_ring = gl.allocate_shared_memory(gl.float32, [{2 * stages}, {self.streamed_rows}], {layout})"]
+        operands, bring, store = "", "", ""
+        if self.brought is not None:
+            rings.append(f"brought_ring = gl.allocate_shared_memory(gl.int32, [{stages}, {self.streamed_rows}], {layout})")
+            names = FlatNames(self.e.program, {}, bounds=frozenset({"q_idx"}))
+            store = f"brought_ring.index(slot).store({triton(self.brought, names)})"
+            bring = "\n".join(names.lines)
+            strides = [stride_name(self.brought.tensor, place) for place in range(len(self.brought.index))]
+            operands = ", " + ", ".join([pointer_name(self.brought.tensor), *strides])
+        names_of_rings = "statistics_ring, brought_ring" if self.brought is not None else "statistics_ring"
+        load = fill(hopper_backward.LOAD_STATISTICS, moving_positions=positions, brought_from=operands, bring=bring)
         return {
-            "load_statistics": fill(hopper_backward.LOAD_STATISTICS, moving_positions=positions),
-            "store_statistics": hopper_backward.STORE_STATISTICS,
-            "statistics_ring": f"statistics_ring = gl.allocate_shared_memory(gl.float32, {ring})",
-            "statistics_passed": "statistics_ring",
-            "statistics": "(Reference, Delta)",
+            "load_statistics": load,
+            "store_statistics": fill(hopper_backward.STORE_STATISTICS, store_brought=store),
+            "statistics_ring": "\n".join(rings),
+            "statistics_rings": names_of_rings,
+            "statistics_passed": names_of_rings,
+            "statistics": f"(Reference, Delta{operands})",
             "ready_count": "2",
         }
+
+    def _brought(self) -> Read | None:
+        """What the loading warp brings with a tile of queries, for masked tiles: the first number of each query that the mask alone
+        reads, if shared memory has room for it."""
+        parameters = [name for name in parameters_of(self.e, "keys") if not name.startswith("BLOCK_")]
+        handed = sum(8 if name[0].isupper() and not name.endswith("_ranges") else 4 for name in parameters)
+        if not self.by_keys or (self.q.size > 64 and handed > _MOST_HANDED):
+            return None
+        program = self.e.program
+        score = {read for expr in (program.score, self.e.kept_score) for read in reads_of(expr)}
+        for read in reads_of(program.keep.predicate):
+            plain = all(isinstance(entry, Axis | Const) for entry in read.index)
+            of_queries = "q_idx" in axes_of(read) and "kv_idx" not in axes_of(read)
+            if plain and of_queries and program.decls[read.tensor].dtype is Dtype.I32 and read not in score:
+                return read
+        return None
 
     def _tile(self, loaded: dict[Expr, str]) -> str:
         names = self.e.names(self.kernel, frozenset({"q_idx"} | (set() if self.e.whole_key_tiles(self.kernel) else {"kv_idx"})))
         names.loaded = dict(loaded)
         names.tiles = {} if self.by_keys or self.schedule.tiles else {"kv_idx": ("kv_start", "within")}
         left, right = (self.q.name, "do") if self.by_keys else (self.k.name, self.v.name)
-        weights = _where_masked(self._weights(names, True), self._weights(names, False))
+        kept = self._weights(names, False)
         gradients = self._gradients(names)
+        reads = list(names.lines)
+        if self.brought is not None:
+            names.loaded[self.brought] = "brought"
+            names.lines.append("brought = brought_ring.index(slot).load(gl.SliceLayout(0, SCORES))[None, :]")
+        masked = self._weights(names, True)
+        weights = _where_masked(
+            "\n".join([*names.lines[len(reads) :], masked]), kept
+        )  # what only the mask reads, masked tiles read
         statistics = "statistics_ring.index(slot * 2{}).load(gl.SliceLayout(0, SCORES))"
         products = fill(
             hopper_backward.PRODUCTS,
@@ -151,7 +197,7 @@ class _Side:
         if test.may:
             products = fill(hopper_backward.WHERE_NEEDED, bounds=test.lines, may=test.may, products=products)
         positions = self._positions("within", held=False)
-        return fill(hopper_backward.TILE, moving_positions=positions, reads="\n".join(names.lines), products=products)
+        return fill(hopper_backward.TILE, moving_positions=positions, reads="\n".join(reads), products=products)
 
     def _weights(self, names: Names, masked: bool) -> str:
         """What makes the weights of a tile from its products."""

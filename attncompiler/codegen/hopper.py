@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
-from attncompiler.codegen.emission import Emission, Vector, halved, parameters_of
+from attncompiler.codegen.emission import Emission, Vector, halved, list_parameters, parameters_of
 from attncompiler.codegen.positions import TilePositions
 from attncompiler.codegen.text import fill
-from attncompiler.codegen.triton_expr import HELPERS
+from attncompiler.codegen.triton_expr import HELPERS, pointer_name
 from attncompiler.ir.program import Dtype
 from attncompiler.passes.grid import split_axis
 from attncompiler.templates import hopper_rows
 
 REGISTERS = 168  # a thread's share of 64K over 12 warps; the groups that compute take what the loading warp gives back
 _WORDS = 11  # numbers that tell a row, origins aside
+# Which row an item is, of `tiles` for each head.
+_IN_TURNS = {"place": "head, rank = _place(item, tiles, last // tiles)", "Queue": "", "queue": ""}
+_QUEUED = {"place": "next_row = gl.load(queue + 1 + item)\nhead, rank = next_row // tiles, next_row % tiles",
+           "Queue": ", Queue", "queue": ", queue", "rows_to_take": "gl.load(Queue)"}  # fmt: skip
 _TANH = '''
 @gluon.jit
 def tanh(x):
@@ -67,8 +71,8 @@ def origin_names(moving: TilePositions) -> list[str]:
     return [line.split(" = ")[0] for line in moving.origins.splitlines()]
 
 
-def row_holes(e: Emission, kernel: str, row_tile: str) -> dict[str, str]:
-    """What the loading warp and the groups know of a row."""
+def row_holes(e: Emission, kernel: str, row_tile: str, all_rows: str) -> dict[str, str]:
+    """What the loading warp and the groups know of a row; `all_rows`: how many there are."""
     queries, keys = e.positions(kernel)
     moving = queries if queries.moves else keys
     origins = origin_names(moving)
@@ -83,6 +87,8 @@ def row_holes(e: Emission, kernel: str, row_tile: str) -> dict[str, str]:
         "origin_names": "".join(f", {name}" for name in origins),
         "no_origins": ", 0" * len(origins),
         "Origins": ", Origins" if origins else "",
+        "rows_to_take": all_rows,
+        **(_QUEUED if e.has_queue(kernel) else _IN_TURNS),
         **_items(e, kernel),
     }
 
@@ -103,12 +109,15 @@ def every_tile(tile: str) -> str:
 
 def passed_on(e: Emission, kernel: str) -> list[str]:
     """The parameters that the groups are handed: all but tables, tile sizes and the descriptors of what is loaded."""
-    tables = ("Full", "Partial", "Order", "NextRow", "Shares", "Origins", "stride_o_", "BLOCK_")
+    tables = ("Full", "Partial", "Order", "NextRow", "Shares", "Queue", "Origins", "BLOCK_")
+    by_list: set[str] = set()
+    if kernel == "attention_forward" and e.layout.by_list is not None:
+        by_list = {"O", pointer_name(e.lefts()[0].name), *list_parameters(e)}
     section = kernel.removeprefix("attention_").removeprefix("backward_")
     return [
         name
         for name in parameters_of(e, section)
-        if not name.startswith(tables) and name != "Lse"
+        if not name.startswith(tables) and name != "Lse" and name not in by_list
         if name.startswith("Grad_") or e.descriptor_block(kernel, name) is None
     ]
 

@@ -24,12 +24,14 @@ _TABLES = [f"{name}{part}" for name, _, _ in _KINDS for part in ("Count", "Begin
 class PlanKernels:
     """A generated file: the kernel `rows`, and for rows of many tiles `columns`, which makes the tables that it reads.
 
-    `tables`: their names and kinds; each holds TILES * TILES + TILES numbers for each batch and head with a plan of its own."""
+    `tables`: their names and kinds; each holds TILES * TILES + TILES numbers for each batch and head with a plan of its own.
+    `reads_columns`: parts of the predicate vary along the columns, whose every position is looked at."""
 
     source: str
     rows: str
     columns: str
     tables: Mapping[str, Kind]
+    reads_columns: bool
 
 
 def emit_plan(program: Attention, row: str, blocks: Mapping[str, int], is_long: bool) -> PlanKernels:
@@ -61,7 +63,13 @@ def emit_plan(program: Attention, row: str, blocks: Mapping[str, int], is_long: 
         kernels = [fill(plan.KERNEL, name=name, parameters=parameters, **filled)]
     used = "\n".join(HELPERS[helper] for helper in sorted(helpers))
     source = "\n".join([f"import triton\nimport triton.language as tl\n{used}", cover.source, *kernels])
-    return PlanKernels(source, name, f"{name}_tables" if is_long and bounds.columns else "", _tables(bounds) if is_long else {})
+    return PlanKernels(
+        source,
+        name,
+        f"{name}_tables" if is_long and bounds.columns else "",
+        _tables(bounds) if is_long else {},
+        bool(bounds.loop_lines),
+    )
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ def _sizes(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
 
 def _operands(program: Attention, exprs: tuple[Expr, ...]) -> list[str]:
     """The parameters of a kernel that makes the plan's tables, but for its constants."""
-    return [*_reads(program, exprs), *_TABLES, "Order", "NextRow", *_sizes(program, exprs)]
+    return [*_reads(program, exprs), *_TABLES, "Order", "Work", "NextRow", *_sizes(program, exprs)]
 
 
 def _constants(*unused: str) -> list[str]:

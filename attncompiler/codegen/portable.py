@@ -289,7 +289,7 @@ def forward(
             _bind_dots(run, tile, block)
             weights = weights * block.tensor(program.adjust)
         result = _weighted(weights, run.keys(run.value, tile), run.value.group).div_(total)
-        if program.keep.empty is Empty.ZERO or run.extents["kv_idx"] == 0:  # over no keys at all any sum is zero
+        if program.keep.zero_if_empty or run.extents["kv_idx"] == 0:  # over no keys at all any sum is zero
             result.masked_fill_(total == 0, 0.0)
         at = (slice(tile.b0, tile.b1), slice(tile.h0, tile.h1), slice(tile.q0, tile.q1))
         o[at] = result.to(o.dtype)

@@ -53,7 +53,7 @@ def interpret(
     logits = torch.cat([score, *extra], dim=-1) if extra else score
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : shape[3]]
-    if keep.empty is Empty.ZERO:
+    if keep.zero_if_empty:
         weights = weights.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
     if program.adjust != ONE:
         weights = weights * block.tensor(program.adjust)

@@ -94,6 +94,7 @@ class Empty(enum.Enum):
     ZERO = "zero"  # as NAN, but an empty row gives O = 0 (and lse = -inf): scaled_dot_product_attention
     SCORE = "score"  # `score` holds a finite mask itself: outside `keep` a weight is 0 if its row keeps any key,
     #                  and a row that keeps none is the softmax of `score` over ALL keys (uniform for finfo.min)
+    UNREAD = "unread"  # as ZERO, but nothing reads what an empty row gives, nor its gradients: kernels may leave them unwritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,11 @@ class Keep:
 
     predicate: Expr = TRUE
     empty: Empty = Empty.NAN
+
+    @property
+    def zero_if_empty(self) -> bool:
+        """True where a row that keeps no key gives O = 0."""
+        return self.empty in (Empty.ZERO, Empty.UNREAD)
 
 
 @dataclass(frozen=True, slots=True)

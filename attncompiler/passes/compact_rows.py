@@ -54,7 +54,8 @@ class Compact:
 def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
     """Needs: a route. Ensures: none, and rows in place of queries. Keeps: O and lse of active queries, before the gain.
 
-    A row that keeps no key gives 0 in what is left, whatever the program says of it: `no_row_is_empty` or the caller puts it right."""
+    A row that keeps no key gives 0 in what is left, whatever the program says of it: the caller puts it right. Where `no_row_is_empty`,
+    and no score of no key gives empty rows weights, nothing reads such a row: those past the end of a list are all there are."""
     taken = {decl.name for decl in program.tensors}
     rows, count = (_fresh(name, taken) for name in ("rows", "rows_count"))
     position = Read(rows, (B, H, Q_IDX))
@@ -74,7 +75,10 @@ def compact_rows(program: Attention, no_row_is_empty: bool) -> Compact:
 
     moved = each_clause(replace(program, route=Route()), lambda e: transform(e, visit))
     predicate = conj(apply("lt", Q_IDX, Read(count, (B, H))), moved.keep.predicate)
-    empty = Empty.SCORE if program.keep.empty is Empty.SCORE and not no_row_is_empty else Empty.ZERO
+    if no_row_is_empty:
+        empty = Empty.ZERO if program.weigh.extra else Empty.UNREAD
+    else:
+        empty = Empty.SCORE if program.keep.empty is Empty.SCORE else Empty.ZERO
     moved = replace(moved, axes=replace(program.axes, q_idx=Size(LENGTH)), keep=Keep(predicate, empty))
     b, h, length = program.axes.b, program.axes.h, Size(LENGTH)
     new = [

@@ -33,7 +33,12 @@ def nothing_kept_by_positions(predicate: Expr, shape: tuple[int, int, int, int])
     return nothing_kept(conj(*(part for part in conjuncts(predicate) if not reads_of(part))), {}, shape)
 
 
-_GIVES = {Empty.ZERO: "the output is zero", Empty.NAN: "the output is NaN", Empty.SCORE: "the output is a mean over all keys"}
+_GIVES = {
+    Empty.ZERO: "the output is zero",
+    Empty.NAN: "the output is NaN",
+    Empty.SCORE: "the output is a mean over all keys",
+    Empty.UNREAD: "the output is said to be read by nothing",
+}
 
 
 def warning_of_nothing(program: Attention) -> str:

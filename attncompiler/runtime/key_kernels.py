@@ -48,7 +48,7 @@ def take_keys(x: Tensor, keys: Tensor, shape: tuple[int, int, int], guarded: boo
         constants = {"G": g, "L": length, "N": x.shape[2], "D": x.shape[3], **_strides("x", x, g), **_strides("k", keys, g),
                      "GUARDED": guarded}  # fmt: skip
         constants |= tile_of(x.shape[3])
-        run(_take_keys, (triton.cdiv(length, ROWS), b * g), {"X": plain, "Out": filled, "Keys": keys}, constants)
+        run(_take_keys, (-(-length // ROWS), b * g), {"X": plain, "Out": filled, "Keys": keys}, constants)
     return out
 
 
@@ -97,7 +97,7 @@ def put_keys(out: Tensor, x: Tensor, keys: Tensor, guarded: bool) -> None:
     tensors = {"X": x, "Out": out, "Keys": ordered, "Places": places}
     strides = dict(zip(("o_b", "o_g", "o_n", "o_d"), out.stride(), strict=True))
     constants = {"G": g, "L": length, "N": out.shape[2], "D": d, **strides, "GUARDED": guarded, **tile_of(d)}
-    run(_put_keys, (triton.cdiv(length, ROWS), b * g), tensors, constants)
+    run(_put_keys, (-(-length // ROWS), b * g), tensors, constants)
 
 
 def _strides(letter: str, tensor: Tensor, groups: int) -> dict[str, int]:

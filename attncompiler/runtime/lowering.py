@@ -30,6 +30,16 @@ def forward(
     return found
 
 
+def takes_rows(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+    """True where a kernel itself takes rows of queries by list, and puts back what they give (triton_launch.forward_by_list)."""
+    if gathered(program).gathers or _lowering(program, operands, sizes) is portable:
+        return False
+    return triton_launch.takes_rows(program, operands, sizes)
+
+
+forward_by_list = triton_launch.forward_by_list
+
+
 def backward(
     program: Attention,
     operands: Mapping[str, Tensor],

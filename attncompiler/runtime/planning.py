@@ -33,6 +33,7 @@ from attncompiler.ir.program import Attention, Empty, Keep
 from attncompiler.passes.grid import windows_of
 from attncompiler.passes.plan import TilePlan, TileRanges, build_boxes, build_plan, is_fixed
 from attncompiler.runtime.launch import Constants, Launch
+from attncompiler.runtime.queue import RowQueue
 from attncompiler.tuning.schedule import KernelSchedule
 
 
@@ -42,19 +43,23 @@ class Planner:
 
     def __init__(
         self, program: Attention, sizes: Mapping[str, int], extents: Mapping[str, int], schedule: KernelSchedule, by_keys: bool,
-        device: torch.device,
+        device: torch.device, members: int = 0,
     ) -> None:  # fmt: skip
+        """`members`: how many heads each row of tiles of a kernel with a queue sums over; 0 for a kernel without."""
         self._program, self._sizes, self._extents, self._device = program, sizes, extents, device
         self._schedule, self._by_keys = schedule, by_keys
         self.is_static = bool(schedule.tiles) or not reads_of(program.keep.predicate)
         self._blocks = {"q_idx": schedule.block_m, "kv_idx": schedule.block_n}
-        self._on_device = not is_fixed(program) and has_plan_kernel(program, self._blocks)
+        self._on_device = not self.is_static and not is_fixed(program) and has_plan_kernel(program, self._blocks)
         read = dict.fromkeys(read.tensor for read in reads_of(program.keep.predicate))
         self._constants = tuple(read) if is_fixed(program) else ()
         self._plan: TilePlan | None = None  # the last, and the memory of the constants that it was made of
         self._memory: list[torch.UntypedStorage] = []
         self._tables: WeakKeyDictionary[TilePlan, Constants] = WeakKeyDictionary()
         self._kernel: _PlanKernel | None = None
+        axis, block = ("kv_idx", schedule.block_n) if by_keys else ("q_idx", schedule.block_m)
+        tiles = -(-extents[axis] // block)
+        self._queue = RowQueue.of(program, extents, members, tiles, by_keys) if members else None
 
     def __call__(self, operands: Mapping[str, Tensor], raw: Mapping[str, Tensor], constants: Constants) -> Constants:
         """The tables for a call. `raw` and `constants` are what kernels get of the operands: pointers and strides, by name."""
@@ -69,7 +74,11 @@ class Planner:
         if not self._constants or [storage.data_ptr() for storage in memory] != [storage.data_ptr() for storage in self._memory]:
             self._plan, self._memory = self._rows(self._program, operands), memory
         assert self._plan is not None
-        return {**self._tables_of(self._plan), "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
+        found = {**self._tables_of(self._plan), "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
+        if self._queue is not None:
+            work = self._plan.work[:, :, found["Order"].long()]
+            found["Queue"] = self._queue.made(work.to(torch.int32).contiguous())
+        return found
 
     def _tables_of(self, plan: TilePlan) -> Constants:
         if plan not in self._tables:
@@ -105,7 +114,7 @@ class Planner:
         """Rows go in the order by what of the mask is known before the call."""
         fixed = as_if_in_order(self._program.keep.predicate, self._extents["q_idx"], self._extents["kv_idx"])
         order = _order(self._rows(replace(self._program, keep=Keep(fixed, Empty.NAN)), operands))
-        return _PlanKernel(self._program, self._extents, self._blocks, self._by_keys, order, raw, constants)
+        return _PlanKernel(self._program, self._extents, self._blocks, self._by_keys, order, raw, constants, self._queue)
 
 
 def as_if_in_order(predicate: Expr, queries: int, keys: int) -> Expr:
@@ -150,8 +159,9 @@ class _PlanKernel:
 
     def __init__(
         self, program: Attention, extents: Mapping[str, int], blocks: Mapping[str, int], by_keys: bool, order: Tensor,
-        raw: Mapping[str, Tensor], constants: Constants,
+        raw: Mapping[str, Tensor], constants: Constants, queue: RowQueue | None,
     ) -> None:  # fmt: skip
+        self._queue = queue
         row, column = ("kv_idx", "q_idx") if by_keys else ("q_idx", "kv_idx")
         axes = axes_of(program.keep.predicate)
         self._shared = (extents["b"] if "b" in axes else 1) * (extents["h"] if "h" in axes else 1)
@@ -163,9 +173,12 @@ class _PlanKernel:
         if is_long:
             self._width = 1 << ((tiles - 1).bit_length() + 1) // 2  # as many runs of tiles as a run has tiles
             room = min(room, max(_MOST_RANGES // (rows * self._shared), _FEWEST_RANGES)) + self._width // 2 + 1
-        sizes = {"FullCount": 1, "PartialCount": 1, "FullBegin": room, "FullEnd": room, "PartialBegin": room, "PartialEnd": room}
-        self._names = (*sizes, "NextRow")
-        self._lengths = [-(-self._shared * rows * size // 4) * 4 for size in sizes.values()] + [4]  # each begins where 16 bytes do
+        sizes = dict.fromkeys(("FullCount", "PartialCount", "Work"), 1)
+        sizes |= dict.fromkeys(("FullBegin", "FullEnd", "PartialBegin", "PartialEnd"), room)
+        lengths = {name: self._shared * rows * size for name, size in sizes.items()} | {"NextRow": 2}
+        if queue is not None:
+            lengths["Queue"] = queue.length
+        self._lengths = {name: -(-length // 4) * 4 for name, length in lengths.items()}  # each begins where 16 bytes do
         self._device = order.device
         self._fixed = {"Full_ranges": room, "Partial_ranges": room, "Order": order}
         self._column_tables = emitted.tables
@@ -185,11 +198,12 @@ class _PlanKernel:
             return Launch(getattr(module, name), name, grid, values, tensors, schedule, None, {})
 
         self._columns = ready(emitted.columns, (-(-tiles // self._width), self._shared), 8) if emitted.columns else None
-        self._rows = ready(emitted.rows, (rows, self._shared), max(self._width // 128, 1) if is_long else 8)
+        warps = max(self._width // 128, 1) if is_long else 8 if emitted.reads_columns else 2
+        self._rows = ready(emitted.rows, (rows, self._shared), warps)
 
     def _tables(self) -> dict[str, Any]:
-        memory = torch.empty(sum(self._lengths), dtype=torch.int32, device=self._device)
-        return {**dict(zip(self._names, memory.split(self._lengths), strict=True)), **self._fixed}
+        memory = torch.empty(sum(self._lengths.values()), dtype=torch.int32, device=self._device)
+        return {**dict(zip(self._lengths, memory.split(list(self._lengths.values())), strict=True)), **self._fixed}
 
     def _bounds(self) -> dict[str, Tensor]:
         """The tables of the columns' bounds, which only the plan is made of."""
@@ -203,6 +217,8 @@ class _PlanKernel:
         if self._columns is not None:
             self._columns(tensors)
         self._rows(tensors)
+        if self._queue is not None:
+            self._queue.fill(tables["Queue"], tables["Work"])
         return tables
 
 

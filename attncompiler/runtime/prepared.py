@@ -19,7 +19,7 @@ from attncompiler.codegen.kernel_module import load_module
 from attncompiler.codegen.triton_expr import pointer_name
 from attncompiler.codegen.vectors import VectorView
 from attncompiler.ir.evaluate import Block, whole
-from attncompiler.ir.expr import AXES, TRUE, Read
+from attncompiler.ir.expr import AXES, Q_IDX, TRUE, Read
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention
 from attncompiler.passes.plan import proved_nonempty
@@ -86,6 +86,8 @@ class Prepared:
         heads = self.extents["h"]
         self.groups = tuple(view.group if view.tensor.shape[1] > 1 or heads == 1 else heads for view in views.values())
         self.constants = self._constants(operands, views)
+        lefts = [read.tensor for read in views if row_axis(program, read) == Q_IDX]
+        self.query_strides = [self.constants[f"stride_{name}_{axis}"] for name in lefts for axis in ("b", "h", "row")]
         self._planners: dict[str, Planner] = {}
 
     def length(self, read: Read) -> int:
@@ -150,13 +152,20 @@ class Prepared:
         planner = self._planners.get(name)
         if planner is None and self.schedule.follows_plan(name):
             by_keys = name == "attention_backward_keys"
-            planner = self._planners[name] = Planner(self.program, self.sizes, self.extents, schedule, by_keys, self.device)
+            queued = Emission(self.program, self.schedule, Layout(self.groups, frozenset())).has_queue(name)
+            members = self._members(name) if queued else 0
+            planner = Planner(self.program, self.sizes, self.extents, schedule, by_keys, self.device, members)
+            self._planners[name] = planner
         plan: Constants = {}
         if planner is not None and not (planner.is_static and launch):
             plan = planner(operands, self.raw(operands), self.constants)
         if launch is None:
             launch = self._launches[name, variant] = self._launch(name, schedule, *describe(), tensors, operands, plan)
         launch(tensors, plan)
+
+    def _members(self, name: str) -> int:
+        """How many heads each row of a kernel sums over."""
+        return shared_heads(self.program, self.groups) if name == "attention_backward_keys" else 1
 
     def _launch(
         self, name: str, schedule: KernelSchedule, layout: Layout, constants: Constants, tensors: Mapping[str, Tensor],
@@ -165,10 +174,8 @@ class Prepared:
         module = load_module(emit(self.program, self.schedule, layout))
         emission = Emission(self.program, self.schedule, layout)
         b, h = self.extents["b"], self.extents["h"]
-        if name == "attention_backward_keys":
-            tiles, rows = -(-self.extents["kv_idx"] // schedule.block_n), b * (h // shared_heads(self.program, self.groups))
-        else:
-            tiles, rows = -(-self.extents["q_idx"] // schedule.block_m), b * h
+        axis, block = ("kv_idx", schedule.block_n) if name == "attention_backward_keys" else ("q_idx", schedule.block_m)
+        tiles, rows = -(-self.extents[axis] // block), b * (h // self._members(name))
         tiles = schedule.tiles.row_tiles if schedule.tiles else tiles
         grid = (tiles, rows)
         shares: Constants = {}

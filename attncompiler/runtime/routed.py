@@ -45,14 +45,16 @@ class Routed:
         return self.layout.elements(gain, self.given) if isinstance(gain, Read) else None
 
     def operands(self) -> dict[str, Tensor]:
-        """The operands of the compact program."""
-        made = {name: self._vectors(read) for name, read in self.compact.copies}
+        """The operands of the compact program, but for vectors of queries: these lie as they did."""
+        made = {name: self.layout.vectors(read, self.given) for name, read in self.compact.copies}
         made |= {name: self._taken(read) for name, read in self.compact.elements}
         made |= {self.compact.rows: self.rows.index, self.compact.count: self.rows.count}
         return {decl.name: made[decl.name] if decl.name in made else self.given[decl.name] for decl in self.compact.program.tensors}
 
-    def _vectors(self, read: Read) -> Tensor:
-        return self.rows.take_vectors(self.layout.vectors(read, self.given), self.layout.reads_all)
+    def taken(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same with vectors of queries taken by list."""
+        copies = {name: self.rows.take_vectors(operands[name], self.layout.reads_all) for name, _ in self.compact.copies}
+        return {**operands, **copies}
 
     def _taken(self, read: Read) -> Tensor:
         """Single elements by list, in float32 where the operand has less."""
@@ -61,16 +63,21 @@ class Routed:
 
 
 def forward(
-    lowering: ModuleType, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """O, lse and rcp as docs/design.md defines them; and for the backward, where there is a gain, the rows that are left before it,
+    lowering: ModuleType, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool,
+    for_backward: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """O, lse and rcp as docs/design.md defines them; and `for_backward`, where there is a gain, the rows that are left before it,
     [b, h, q_idx, Dv], of which those past the end of a list hold nothing; and the lists (Rows.lists) and their lengths. `lowering` runs
     the program over these rows."""
     call = Routed(program, operands, sizes)
-    summed, lse, rcp = lowering.forward(call.compact.program, call.operands(), call.sizes, True)
-    gain = call.gain
+    compact, given, gain = call.compact.program, call.operands(), call.gain
+    keeps_sums = for_backward and gain is not None
+    if call.rows.count.is_cuda and not call.layout.nan_if_empty and lowering.takes_rows(compact, given, call.sizes):
+        o, lse, summed = lowering.forward_by_list(compact, given, call.sizes, call.rows, gain, heads_first, keeps_sums)
+        return o, lse, o.new_empty(0, dtype=lse.dtype), summed, call.rows.lists, call.rows.count
+    summed, lse, rcp = lowering.forward(compact, call.taken(given), call.sizes, True)
     o, lse = call.rows.put_vectors(summed, lse, gain, call.layout.nan_if_empty, heads_first)
-    if gain is None:
+    if not keeps_sums:
         summed = summed.new_empty(0)
     elif missing := call.layout.shape[2] - call.rows.length:
         summed = torch.nn.functional.pad(summed, (0, 0, 0, missing))
@@ -113,7 +120,7 @@ def backward(
     copies, elements = ({name: read for name, read in of if read.tensor in wanted} for of in (compact.copies, compact.elements))
     inner = frozenset(name for name in compact.program.differentiable if name in wanted or name in copies or name in elements)
     made = lowering.backward(
-        compact.program, call.operands(), call.sizes, summed, lse_rows, rcp_rows, grad_rows, grad_lse_rows, inner
+        compact.program, call.taken(call.operands()), call.sizes, summed, lse_rows, rcp_rows, grad_rows, grad_lse_rows, inner
     )
     for name, gradient in made.items():
         if name in copies:

@@ -16,7 +16,7 @@ from attncompiler.runtime.outputs import bind, new_outputs
 
 _LIBRARY = torch.library.Library("attncompiler", "FRAGMENT")
 _LIBRARY.define(
-    "routed_forward(Tensor[] operands, SymInt[] sizes, str program, bool heads_first=False) -> "
+    "routed_forward(Tensor[] operands, SymInt[] sizes, str program, bool heads_first=False, bool for_backward=True) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
@@ -32,16 +32,18 @@ def routed_attention(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         found: tuple[Tensor, ...] = _Routed.apply(sizes, program, heads_first, *operands)  # type: ignore[no-untyped-call]
     else:
-        found = torch.ops.attncompiler.routed_forward.default(operands, sizes, program, heads_first)
+        found = torch.ops.attncompiler.routed_forward.default(operands, sizes, program, heads_first, False)
     return found[0], found[1], found[2]
 
 
 @torch.library.impl(_LIBRARY, "routed_forward", "CompositeExplicitAutograd")
-def routed_forward(operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False) -> tuple[Tensor, ...]:
-    """As `attention_forward`, and what the backward needs besides: the rows that are left before their gain, and the lists
-    (routed.py)."""
+def routed_forward(
+    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False, for_backward: bool = True
+) -> tuple[Tensor, ...]:
+    """As `attention_forward`, and what the backward needs besides: the rows that are left before their gain, nothing unless
+    `for_backward`, and the lists (routed.py)."""
     parsed = parse_lowerable(program)
-    return routed.forward(lowering, parsed, *bind(parsed, operands, sizes), heads_first)
+    return routed.forward(lowering, parsed, *bind(parsed, operands, sizes), heads_first, for_backward)
 
 
 @torch.library.impl(_LIBRARY, "routed_backward", "CompositeExplicitAutograd")
@@ -58,11 +60,13 @@ def routed_backward(
 
 
 @torch.library.register_fake("attncompiler::routed_forward", lib=_LIBRARY)
-def _forward_fake(operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False) -> tuple[Tensor, ...]:
+def _forward_fake(
+    operands: Sequence[Tensor], sizes: Sequence[int], program: str, heads_first: bool = False, for_backward: bool = True
+) -> tuple[Tensor, ...]:
     parsed = parse_lowerable(program)
     tensors, numbers = bind(parsed, operands, sizes)
     o, lse, rcp = new_outputs(parsed, tensors, numbers, heads_first)
-    summed = o.new_empty(0 if parsed.route.gain == ONE else o.shape)
+    summed = o.new_empty(o.shape if for_backward and parsed.route.gain != ONE else 0)
     return o, lse, rcp, summed, o.new_empty((2, *o.shape[:3]), dtype=torch.int32), o.new_empty(o.shape[:2], dtype=torch.int32)
 
 

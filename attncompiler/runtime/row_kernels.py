@@ -16,11 +16,12 @@ from attncompiler.tuning.schedule import KernelSchedule
 
 ROWS = 64  # of one program
 TILE = 256  # what reads rows by list reads whole tiles, of at most so many
+_LISTED = 8192  # queries that a program lists at once: it waits for the count of those before
 _LAUNCHES: dict[Hashable, Launch] = {}
 _MOST = 512  # launches remembered
 
 
-def run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None], constants: Constants) -> None:
+def run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None], constants: Constants, num_warps: int = 4) -> None:
     """Launch a kernel; a tensor that is None is an argument that this variant does not look at."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     device = next(iter(given.values())).device
@@ -30,7 +31,7 @@ def run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None]
         if len(_LAUNCHES) >= _MOST:
             _LAUNCHES.pop(next(iter(_LAUNCHES)))
         absent = {name: None for name in tensors if name not in given}
-        schedule = KernelSchedule(ROWS, ROWS, 4, 1)
+        schedule = KernelSchedule(ROWS, ROWS, num_warps, 1)
         launch = Launch(kernel, kernel.__name__, grid, {**constants, **absent}, given, schedule, None, {})
         _LAUNCHES[key] = launch
     launch(given)
@@ -67,7 +68,8 @@ def list_rows(active: Tensor) -> tuple[Tensor, Tensor]:
     if active.numel():
         strides = dict(zip(("stride_b", "stride_h", "stride_m"), active.stride(), strict=True))
         tensors = {"Active": active.view(torch.uint8), "Index": index, "Count": count, "Place": place}
-        run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": 1024})
+        block = min(_LISTED, 1 << (m - 1).bit_length())
+        run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": block}, num_warps=max(1, min(block // 256, 16)))
     return lists, count
 
 
@@ -86,7 +88,7 @@ def _take_rows(X, Out, Index, Count, Gain, Summed, GradGain, Lse, LseRows, H, M,
     rows = pair.to(tl.int64) * M + place
     query = tl.load(Index + rows, mask=listed, other=0).to(tl.int64)
     if STATISTICS:
-        lse = tl.load(Lse + pair.to(tl.int64) * M + query, mask=listed, other=0.0)
+        lse = tl.load(Lse + pair.to(tl.int64) * M + query, mask=listed, other=0.0 if FILL else float("-inf"))
         tl.store(LseRows + rows, lse, mask=place < M)
     channels = tl.arange(0, CHANNELS)
     inside = channels[None, :] < D
@@ -106,9 +108,9 @@ def take_rows(
     x: Tensor, index: Tensor, count: Tensor, gain: Tensor | None = None, summed: Tensor | None = None, along: Tensor | None = None,
     lse: Tensor | None = None, fill: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Rows of x [b, h, q_idx, D] by list, times a gain of each [b, h, q_idx]; and lse by list, as [b, h, q_idx]. Past the end of a
-    list 0, without `fill` only as far as what reads tiles can come. For `summed` [b, h, q_idx, D], by list, its product with each
-    row before the gain is put into `along` [b, h, q_idx], where the row came from."""
+    """Rows of x [b, h, q_idx, D] by list, times a gain of each [b, h, q_idx]; and lse by list, as [b, h, q_idx]. Past the end of a list
+    both are 0; without `fill` rows only as far as what reads tiles can come, and lse is -inf. For `summed` [b, h, q_idx, D], by list,
+    its product with each row before the gain is put into `along` [b, h, q_idx], where the row came from."""
     b, h, m, d = x.shape
     out = torch.empty((b, h, m, d), dtype=x.dtype, device=x.device)
     lse_rows = None if lse is None else torch.empty_like(lse)
@@ -118,7 +120,7 @@ def take_rows(
         strides = {**_strides("x", x.stride()), **_strides("g", _or_none(gain)), **_strides("a", _or_none(along))}
         variant = {"GAINS": gain is not None, "GRADS": along is not None, "STATISTICS": lse is not None, "FILL": fill}
         constants = {"H": h, "M": m, "D": d, **strides, "TILE": TILE, **variant, **tile_of(d)}
-        run(_take_rows, (triton.cdiv(m, ROWS), b * h), tensors, constants)
+        run(_take_rows, (-(-m // ROWS), b * h), tensors, constants)
     return out, lse_rows
 
 
@@ -173,7 +175,7 @@ def put_rows_into(
         tensors = {"X": x, "Out": out, "Place": place, "Gain": gain, "LseRows": lse_rows, "Lse": lse}
         constants = {"H": h, "M": m, "D": d, **_strides("o", out.stride()[:3]), **_strides("g", _or_none(gain)), "GAINS": gain is not None,
                      "STATISTICS": lse is not None, "NAN_IF_EMPTY": nan_if_empty}  # fmt: skip
-        run(_put_rows, (triton.cdiv(m, ROWS), b * h), tensors, {**constants, **tile_of(d)})
+        run(_put_rows, (-(-m // ROWS), b * h), tensors, {**constants, **tile_of(d)})
     return lse
 
 
@@ -188,4 +190,4 @@ def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:
 
 def tile_of(channels: int) -> dict[str, int]:
     """How many rows a program of a kernel moves, and how many channels it holds of each."""
-    return {"ROWS": ROWS, "CHANNELS": triton.next_power_of_2(channels)}
+    return {"ROWS": ROWS, "CHANNELS": 1 << (channels - 1).bit_length()}

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from attncompiler.codegen import portable
-from attncompiler.codegen.emission import Layout, vector_reads
+from attncompiler.codegen.emission import ByList, Layout, vector_reads
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.vectors import head_group, poison_empty_heads
 from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention
 from attncompiler.runtime.gradients import Gradients, pair_bytes, places_of, room
 from attncompiler.runtime.launch import describable
-from attncompiler.runtime.prepared import prepare
+from attncompiler.runtime.prepared import Prepared, prepare
+from attncompiler.runtime.rows import Rows
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS
 
@@ -41,19 +42,51 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp, as docs/design.md defines them."""
     call = prepare(program, operands, sizes)
+    o, lse = _outputs(call, operands, heads_first)
+    rcp = torch.empty_like(lse) if program.has_rcp else call.no_rcp
+    if o.numel() == 0:
+        return o, lse, rcp
+    tensors = {**call.pointers(operands), "O": o, "Lse": lse, "Rcp": rcp}
+    call.run("attention_forward", heads_first, tensors, operands, lambda: (Layout(call.groups, frozenset()), _strides("o", o)))
+    return o, lse, rcp
+
+
+def _outputs(call: Prepared, operands: Mapping[str, Tensor], heads_first: bool) -> tuple[Tensor, Tensor]:
+    """O and lse, with nothing in them."""
     b, h, m = (call.extents[axis] for axis in ("b", "h", "q_idx"))
-    value = operands[program.sum.tensor]
+    value = operands[call.program.sum.tensor]
     d = value.shape[-1]
     strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
     o = torch.empty_strided((b, h, m, d), strides, dtype=value.dtype, device=value.device)
-    lse = torch.empty((b, h, m), dtype=torch.float32, device=value.device)
-    rcp = torch.empty((b, h, m), dtype=torch.float32, device=value.device) if program.has_rcp else call.no_rcp
-    if o.numel() == 0:
-        return o, lse, rcp
-    tensors = call.pointers(operands)
-    tensors |= {"O": o, "Lse": lse, "Rcp": rcp}
-    call.run("attention_forward", heads_first, tensors, operands, lambda: (Layout(call.groups, frozenset()), _strides("o", o)))
-    return o, lse, rcp
+    return o, torch.empty((b, h, m), dtype=torch.float32, device=value.device)
+
+
+def takes_rows(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+    """True where `forward_by_list` runs a program. Copies of 16 bytes need strides that Triton knows to be aligned."""
+    call = prepare(program, operands, sizes)
+    return call.schedule.warp_roles and all(stride % 16 == 0 for stride in call.query_strides)
+
+
+def forward_by_list(
+    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], rows: Rows, gain: Tensor | None, heads_first: bool,
+    keeps_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `forward`, where `takes_rows`: row i of a list is the query at its place i, whose vector is read, and O and lse written, where
+    queries lie. O is multiplied by `gain` [b, h, q_idx]. Queries in no list get O = 0 and lse = -inf. Returns O, lse and what O was
+    before its gain, [b, h, q_idx, Dv] in the order of the lists, or nothing unless `keeps_sums`."""
+    call = prepare(program, operands, sizes)
+    o, lse = _outputs(call, operands, heads_first)
+    summed = torch.empty(o.shape if keeps_sums else 0, dtype=o.dtype, device=o.device)
+    lists = {"Index": rows.index, "Place": rows.place, "Count": rows.count}
+    tensors = {**call.pointers(operands), "O": o, "Lse": lse, "Summed": summed, **lists}
+    strides = _strides("o", o)
+    if gain is not None:
+        tensors["Gain"] = gain
+        strides |= dict(zip(("stride_gain_b", "stride_gain_h", "stride_gain_m"), gain.stride(), strict=True))
+    layout = Layout(call.groups, frozenset(), by_list=ByList(gain is not None, keeps_sums))
+    variant = heads_first, layout.by_list, None if gain is None else (gain.dtype, gain.stride())
+    call.run("attention_forward", variant, tensors, operands, lambda: (layout, strides))
+    return o, lse, summed
 
 
 def _strides(name: str, tensor: Tensor) -> dict[str, int]:

@@ -14,7 +14,7 @@ def _load_{side}({streamed}, stream, at, sizes, statistics, slot, phase):
     """One tile of the side that streams."""
     H, M, N = sizes
     b, h, tile{origin_names} = at
-    first_ring, second_ring, ready, free, statistics_ring = stream
+    first_ring, second_ring, ready, free, {statistics_rings} = stream
     {moving_corner}
     {load_statistics}
     mbarrier.wait(free.index(slot), phase)
@@ -29,7 +29,7 @@ def _load_{side}({streamed}, stream, at, sizes, statistics, slot, phase):
 def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, sizes, statistics):
     first_held, second_held, held_ready, held_free = held
     words, row_ready, row_free = messages
-    item, last, step, shares = items
+    item, last, step, shares{queue} = items
     H, M, N = sizes
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
@@ -38,7 +38,7 @@ def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, siz
     place = 0
     while item < last:
         tiles = {row_tiles}
-        head, rank = _place(item, tiles, last // tiles)
+        {place}
         held_head = head % {held_heads}
         for member in range({members}):
             row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables, False)
@@ -70,16 +70,18 @@ LOAD_TILE = "slot, phase = _load_{side}({streamed}, stream, (b, h, tile{origin_n
 # The loading warp reads what the kernel for keys needs to know of each query, and lays it beside the query's tile.
 LOAD_STATISTICS = """
 PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-Reference, Delta = statistics
+Reference, Delta{brought_from} = statistics
 {moving_positions}
 rows = (b.to(gl.int64) * H + h) * M + q_idx
 reference = gl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
 delta = gl.load(Delta + rows, mask=q_idx < M, other=0.0)
+{bring}
 """
 
 STORE_STATISTICS = """
 statistics_ring.index(slot * 2).store(reference)
 statistics_ring.index(slot * 2 + 1).store(delta)
+{store_brought}
 mbarrier.arrive(ready.index(slot))
 """
 
@@ -87,7 +89,7 @@ ROWS = """
 @gluon.jit
 def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
     first_held, second_held, held_ready, held_free = held
-    first_ring, second_ring, ready, free, statistics_ring = stream
+    first_ring, second_ring, ready, free, {statistics_rings} = stream
     words_of, row_ready, row_free = messages
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
@@ -192,7 +194,7 @@ def {kernel}({parameters}):
     messages = (words, row_ready, row_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
-    items = ({first_item}, B * {held_heads} * {row_tiles}, gl.num_programs(0), {shares})
+    items = ({first_item}, {rows_to_take}, gl.num_programs(0), {shares}{Queue})
     operands = ({operands})
     gl.warp_specialize(
         [

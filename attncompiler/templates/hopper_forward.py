@@ -5,7 +5,7 @@ owns 64 query rows. The scores of a tile and the values of the one before are in
 group's softmax runs while the other group's products do. Programs go on to another row of query tiles, so that the loads of the
 next row run under the end of the last: to the next of its share or, where only the device knows how long rows are, to the next that
 no other has taken. Tiles that are boxes of a grid come through descriptors of the grid; the numbers of a row then also say where
-the box of its keys begins.
+the box of its keys begins. Where queries come and outputs go by list, a second warp brings queries (hopper_by_list.py).
 """
 
 KERNEL = '''
@@ -31,39 +31,12 @@ def _load_tile({K}, {V}, rings, barriers, sizes, at, slot, phase):
     return _next_slot(slot, phase, {stages})
 
 
-@gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
-    q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
-    item, last, step, shares = items
-    H, M = sizes
-    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
-    slot = 0
-    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
-    turn = 0
-    while item < last:
-        q_tiles = {q_tiles}
-        head, rank = _place(item, q_tiles, last // q_tiles)
-        row = _row(head // H, head % H, rank, q_tiles, H, tables, True)
-        b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
-        {query_corner}
-        mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-        _post(row, messages.index(turn % 2))
-        mbarrier.arrive(row_ready.index(turn % 2))
-        for group in gl.static_range(2):
-            at = turn % 2 * 2 + group
-            mbarrier.wait(q_free.index(at), (turn // 2 + 1) % 2)
-            mbarrier.expect(q_ready.index(at), {Q}.block_type.nbytes)
-            tma.async_copy_global_to_shared({Q}, [{q_at}, 0], q_ready.index(at), q_buffers.index(at))
-        {every_tile}
-        turn += 1
-        {next_item}
-    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), messages.index(turn % 2))  # no more
-    mbarrier.arrive(row_ready.index(turn % 2))
+{loads}
 
+{taking_warp}
 
 @gluon.jit
-def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexpr):
+def _rows(O, Lse, queries, rings, barriers, tables, operands{by_list}, GROUP: gl.constexpr):
     q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
@@ -94,6 +67,7 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         {key_positions}
         {masked_reads}
         mbarrier.wait(q_ready.index(q_at), turn // 2 % 2)
+        {after_queries}
         mbarrier.wait(k_ready.index(k_slot), k_phase)
         qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         tma.store_wait(0)  # of the row before, which went out through the other buffer
@@ -131,9 +105,8 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
         rcp = 1.0 / {denominator}
         out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
         q_buffer.reshape([64, {d}]).store(out.to({dtype}))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
-        gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, (m_i + gl.log2(l_i)) * {ln2}, mask=q_idx < M)
+        lse = (m_i + gl.log2(l_i)) * {ln2}
+        {store}
         turn += 1
         {next_words}
     tma.store_wait(0)
@@ -141,11 +114,12 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands, GROUP: gl.constexp
 
 @gluon.jit
 def attention_forward({parameters}):
-    q_buffers = gl.allocate_shared_memory({dtype}, [4, {q_box}], {Q}.layout)  # two for each group
+    q_buffers = gl.allocate_shared_memory({dtype}, [4, {q_box}], {K}.layout)  # two for each group
     k_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {K}.layout)
     v_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {V}.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    {list_buffers}
     messages = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -154,11 +128,11 @@ def attention_forward({parameters}):
     v_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
-        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_ready.index(i), count={q_arrivals})
         mbarrier.init(q_free.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(row_ready.index(i), count=1)
-        mbarrier.init(row_free.index(i), count=2)
+        mbarrier.init(row_free.index(i), count={row_readers})
     for i in gl.static_range({stages}):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
@@ -170,17 +144,18 @@ def attention_forward({parameters}):
     barriers = (k_ready, k_free, v_ready, v_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
-    items = ({first_item}, B * H * {q_tiles}, gl.num_programs(0), {shares})
+    items = ({first_item}, {rows_to_take}, gl.num_programs(0), {shares}{Queue})
     sizes = (H, M)
     operands = ({operands})
     gl.warp_specialize(
         [
-            (_rows, (O, Lse, queries, rings, barriers, tables, operands, 0)),
-            (_rows, (O, Lse, queries, rings, barriers, tables, operands, 1)),
+            (_rows, (O, Lse, queries, rings, barriers, tables, operands{list_passed}, 0)),
+            (_rows, (O, Lse, queries, rings, barriers, tables, operands{list_passed}, 1)),
             (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes)),
+            {takes}
         ],
-        [4, 1],
-        [240, 24],
+        [{workers}],
+        [{registers}],
     )
 '''
 
@@ -205,4 +180,90 @@ mbarrier.arrive(v_free.index(v_slot))
 v_slot, v_phase = _next_slot(v_slot, v_phase, {stages})
 acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OUTPUT)), 1)
 weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
+"""
+
+LOADS = """
+@gluon.jit
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
+    q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
+    item, last, step, shares = items
+    H, M = sizes
+    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
+    slot = 0
+    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
+    turn = 0
+    while item < last:
+        tiles = {q_tiles}
+        head, rank = _place(item, tiles, last // tiles)
+        row = _row(head // H, head % H, rank, tiles, H, tables, True)
+        b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
+        {query_corner}
+        mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+        _post(row, messages.index(turn % 2))
+        mbarrier.arrive(row_ready.index(turn % 2))
+        {load_queries}
+        {every_tile}
+        turn += 1
+        {next_item}
+    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), messages.index(turn % 2))  # no more
+    mbarrier.arrive(row_ready.index(turn % 2))
+"""
+
+# Ticket, queue and ranges each say where the next lies. Where rows come so, the next is found while tiles are left to load.
+QUEUED_LOADS = '''
+@gluon.jit
+def _post_queued(item, items, tables, sizes, row_messages, turn):
+    """Say which row an item of the queue is, or that there is none."""
+    last, queue = items
+    H, M = sizes
+    messages, row_ready, row_free = row_messages
+    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+    if item < last:
+        tiles = {q_tiles}
+        next_row = gl.load(queue + 1 + item)
+        row = _row(next_row // tiles // H, next_row // tiles % H, next_row % tiles, tiles, H, tables, True)
+        _post(row, messages.index(turn % 2))
+    else:
+        _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0), messages.index(turn % 2))
+    mbarrier.arrive(row_ready.index(turn % 2))
+
+
+@gluon.jit
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
+    q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
+    item, last, step, shares, queue = items
+    H, M = sizes
+    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
+    slot = 0
+    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
+    turn = 0
+    _post_queued(item, (last, queue), tables, sizes, (words_of, row_ready, row_free), turn)
+    {first_words}
+    while _word(words, places, 0) >= 0:
+        {read_row}
+        {load_queries}
+        {every_tile}
+        turn += 1
+        {next_words}
+'''
+
+POST_NEXT = """
+if (r == partials + fulls - 1) & (tile == gl.maximum(first_tile, last_tile - 4)):
+    {next_item}
+    _post_queued(item, (last, queue), tables, sizes, (words_of, row_ready, row_free), turn + 1)
+"""
+
+LOAD_QUERIES = """
+for group in gl.static_range(2):
+    at = turn % 2 * 2 + group
+    mbarrier.wait(q_free.index(at), (turn // 2 + 1) % 2)
+    mbarrier.expect(q_ready.index(at), {Q}.block_type.nbytes)
+    tma.async_copy_global_to_shared({Q}, [{q_at}, 0], q_ready.index(at), q_buffers.index(at))
+"""
+
+STORE = """
+fence_async_shared()
+tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
+gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, lse, mask=q_idx < M)
 """

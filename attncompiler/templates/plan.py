@@ -45,6 +45,7 @@ def {name}({parameters}):
     before = tl.where(tile > 0, tl.gather(coverage, tl.maximum(tile - 1, 0), 0), 0)
     after = tl.where(tile < TILES - 1, tl.gather(coverage, tl.minimum(tile + 1, TILES - 1), 0), 0)
     {ranges}
+    tl.store(Work + plan_row, tl.sum((coverage > 0).to(tl.int32), 0))
     tl.store(NextRow + tl.arange(0, 2), 0)  # of the kernel that is planned: it takes its rows in turn
 """
 
@@ -108,6 +109,7 @@ def {name}({parameters}):
     kind = 0  # of the tile before
     full = 0  # ranges begun
     partial = 0
+    work = 0  # tiles that are visited
     run = tl.min(tl.where(runs != 0, lane, TILES), 0)
     while run < TILES:
         tile = run * TILES + lane
@@ -122,10 +124,13 @@ def {name}({parameters}):
         coverage = tl.where(crowded & (tile * COLUMN_BLOCK < {column_size}), 1, coverage)
         before = tile_before(coverage, lane, kind)
         last = tl.minimum(tile, tiles)  # a run that is full may stick out
+        turns = (coverage > 0) != (before > 0)
+        work += tl.sum(tl.where(turns, tl.where(coverage > 0, -tile, last), 0), 0)
         {ranges}
         kind = tl.sum(tl.where(lane == TILES - 1, coverage, 0), 0)
         run = tl.min(tl.where((lane > run) & ((runs == 1) | (runs != kind)), lane, TILES), 0)
     {last_ranges}
+    tl.store(Work + plan_row, work + tl.where(kind > 0, tiles, 0))
     tl.store(NextRow + tl.arange(0, 2), 0)  # of the kernel that is planned: it takes its rows in turn
 '''
 

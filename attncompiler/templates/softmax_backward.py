@@ -17,15 +17,16 @@ def attention_delta({parameters}):
     q_idx = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
+    rows = (b.to(tl.int64) * H + h) * M + q_idx
+    {make_reference}
     channels = tl.arange(0, BLOCK_DV)
     inside = (q_idx[:, None] < M) & (channels[None, :] < DV)
+    {pass_empty}
     at_o = b.to(tl.int64) * stride_o_b + h.to(tl.int64) * stride_o_h + q_idx.to(tl.int64)[:, None] * stride_o_m
     at_do = b.to(tl.int64) * stride_do_b + h.to(tl.int64) * stride_do_h + q_idx.to(tl.int64)[:, None] * stride_do_m
     o = tl.load(O + at_o + channels[None, :], mask=inside, other=0.0).to(tl.float32)
     do = tl.load(DO + at_do + channels[None, :] * stride_do_d, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, 1)
-    rows = (b.to(tl.int64) * H + h) * M + q_idx
-    {make_reference}
     {store_delta}
     {no_tickets}
 """

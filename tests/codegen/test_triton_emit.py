@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 
 from attncompiler.codegen.cross_compile import cross_compile
-from attncompiler.codegen.emission import Layout
+from attncompiler.codegen.emission import ByList, Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention
+from attncompiler.passes.compact_rows import compact_rows
 from attncompiler.tuning.schedule import Schedule, choose_schedule
 from attncompiler.tuning.target import TARGETS, Target
 from tests.codegen.write_golden import golden_path, golden_source, program
+from tests.runtime.test_routed import routed_program
 
 
 def source(p: Attention, wanted: str = "qkv") -> str:
@@ -67,6 +69,22 @@ def test_kernels_compile_and_fit_every_target(target: Target, dtype: str) -> Non
         for kernel in kernels:
             assert kernel.assembly and kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory on {target.name}"
             assert kernel.spills <= 512, f"{kernel.name} at {dtype} D{d} spills {kernel.spills} bytes on {target.name}"
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", ["window", "documents"])
+def test_kernels_of_rows_by_list_compile_and_fit(name: str, d: int) -> None:
+    """Also where few bytes of shared memory are left: what the groups are handed lies there too."""
+    p = compact_rows(routed_program(name, "gated", 600, 700, d, d, "bf16"), True).program
+    layout = Layout(
+        (1, 2, 2), frozenset(("q_rows", "k", "v")), described=frozenset(("q_rows", "k", "v")), by_list=ByList(True, True)
+    )
+    kernels = cross_compile(p, choose_schedule(p, TARGETS["sm_90"], True), layout, TARGETS["sm_90"])
+    forward = next(kernel for kernel in kernels if kernel.name == "attention_forward")
+    assert "cp.async.cg.shared.global" in forward.assembly and "cp.async.bulk" in forward.assembly
+    for kernel in kernels:
+        assert kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory"
+        assert kernel.spills <= 512, f"{kernel.name} spills {kernel.spills} bytes"
 
 
 def longest_chain(ptx: str) -> int:

@@ -1,0 +1,94 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""In which order the programs of a kernel take rows of tiles, where only the device knows how long these are: the longest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attncompiler.ir.expr import axes_of
+from attncompiler.ir.program import Attention, Empty
+from attncompiler.runtime.row_kernels import run
+
+_SORTED = 8192  # rows; of more, each program takes many, and those of eight heads by turns find their keys in cache
+_BLOCK, _CHUNK = 16, 1024
+
+
+@triton.jit
+def _queue_rows(Work, Queue, work_b, work_h, TILES, ROWS, MEMBERS: tl.constexpr, SORTED: tl.constexpr, PASS_EMPTY: tl.constexpr,
+                HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    work = _work_of(Work, mine, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
+    place = tl.zeros([BLOCK], tl.int32)
+    rows = 0
+    if SORTED:
+        for start in range(0, ROWS, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            theirs = _work_of(Work, other, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
+            first = (theirs[None, :] > work[:, None]) | ((theirs[None, :] == work[:, None]) & (other[None, :] < mine[:, None]))
+            place += tl.sum(((other < ROWS)[None, :] & first).to(tl.int32), 1)
+            rows += tl.sum(((other < ROWS) & ((theirs > 0) | (not PASS_EMPTY))).to(tl.int32), 0)
+    else:
+        head = mine // TILES
+        turns = tl.minimum(ROWS // TILES - head // 8 * 8, 8)
+        place = head // 8 * 8 * TILES + mine % TILES * turns + head % 8
+        rows = ROWS
+    tl.store(Queue + 1 + place, mine, mask=mine < ROWS)
+    tl.store(Queue, rows)  # each program stores the same
+
+
+@triton.jit
+def _work_of(Work, row, work_b, work_h, TILES, ROWS, HEADS: tl.constexpr, MEMBERS: tl.constexpr):
+    """The tiles of a row: those of all heads that it sums over."""
+    head = row // TILES
+    at = Work + head // HEADS * work_b + head % HEADS * MEMBERS * work_h + row % TILES
+    found = tl.load(at, mask=row < ROWS, other=0)
+    for member in tl.static_range(1, MEMBERS):
+        found += tl.load(at + member * work_h, mask=row < ROWS, other=0)
+    return found
+
+
+@dataclass(frozen=True)
+class RowQueue:
+    """The queue of one kernel: which of its rows, `tiles` of each head, come first. `members` heads of the program share rows.
+    `pass_empty`: rows that visit no tile are left out."""
+
+    batches: int
+    heads: int  # that have rows
+    members: int
+    tiles: int
+    work_strides: tuple[int, int]  # over batches and heads of the program
+    pass_empty: bool
+
+    @staticmethod
+    def of(program: Attention, extents: Mapping[str, int], members: int, tiles: int, by_keys: bool) -> RowQueue:
+        """Rows of keys are all written."""
+        axes, (b, h) = axes_of(program.keep.predicate), (extents["b"], extents["h"])
+        over_h = tiles if "h" in axes else 0
+        over_b = tiles * (h if "h" in axes else 1) if "b" in axes else 0
+        unread = program.keep.empty is Empty.UNREAD
+        return RowQueue(b, h // members, members, tiles, (over_b, over_h), unread and not by_keys)
+
+    @property
+    def length(self) -> int:
+        """Numbers that it has: how many rows there are to take, then which, as (batch and head) * tiles + row."""
+        return 1 + self.batches * self.heads * self.tiles
+
+    def fill(self, queue: Tensor, work: Tensor) -> None:
+        """`work`: the tiles that each row of a plan visits, for each batch and head with a plan of its own. int32 both."""
+        rows = self.length - 1
+        numbers = {"work_b": self.work_strides[0], "work_h": self.work_strides[1], "TILES": self.tiles, "ROWS": rows}
+        variant = {"MEMBERS": self.members, "HEADS": self.heads, "SORTED": rows <= _SORTED, "PASS_EMPTY": self.pass_empty}
+        constants = {**numbers, **variant, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
+        run(_queue_rows, (-(-rows // _BLOCK), 1), {"Work": work, "Queue": queue}, constants, num_warps=8)
+
+    def made(self, work: Tensor) -> Tensor:
+        """The queue of a plan."""
+        queue = torch.empty(self.length, dtype=torch.int32, device=work.device)
+        self.fill(queue, work)
+        return queue

@@ -1,0 +1,63 @@
+"""The order in which programs take rows of tiles that only the device knows the length of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler.ir import Attention, parse, verify
+from attncompiler.runtime import queue
+from attncompiler.runtime.queue import RowQueue
+
+
+def _program(keep: str) -> Attention:
+    read = "doc: i32[2, 512]" if "doc" in keep else "on: i32[6, 512]"
+    text = f"""attention
+      axes b=2, h=6, q_idx=512, kv_idx=512
+      read q: bf16[2, 6, 512, 64], k: bf16[2, 3, 512, 64], v: bf16[2, 3, 512, 64], {read}
+      score dot(q[b, h, q_idx], k[b, h // 2, kv_idx]) * 0.125
+      keep {keep}
+      weigh softmax
+      sum v[b, h // 2, kv_idx]
+    """
+    return verify(parse(text))
+
+
+PLANS = {
+    "every batch": ("doc[b, q_idx] == doc[b, kv_idx] else unread", (2, 1)),
+    "every head": ("on[h, q_idx] <= kv_idx else zero", (1, 6)),
+    "one": ("on[0, q_idx] <= kv_idx else unread", (1, 1)),
+}
+
+
+def _sums(work: Tensor, members: int) -> Tensor:
+    """The tiles of each row of the kernel."""
+    return work.expand(2, 6, -1).reshape(2, 6 // members, members, -1).sum(2).flatten()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("by_keys", "members", "tiles"), [(False, 1, 4), (True, 2, 130)])
+def test_long_rows_come_first(plan: str, by_keys: bool, members: int, tiles: int) -> None:
+    keep, shape = PLANS[plan]
+    program = _program(keep)
+    work = torch.randint(0, 5, (*shape, tiles), generator=torch.Generator().manual_seed(tiles), dtype=torch.int32)
+    found = RowQueue.of(program, {"b": 2, "h": 6}, members, tiles, by_keys).made(work)
+    sums = _sums(work, members)
+    count, rows = int(found[0]), found[1:].long()
+    expected = torch.argsort(sums, descending=True, stable=True)
+    assert torch.equal(rows, expected)
+    left_out = keep.endswith("unread") and not by_keys  # what nothing reads need not be made; gradients of keys must
+    assert count == (int((sums > 0).sum()) if left_out else len(sums))
+
+
+@pytest.mark.interpreted
+def test_of_many_rows_eight_heads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "_SORTED", 10)
+    work = torch.zeros(1, 6, 7, dtype=torch.int32)
+    found = RowQueue.of(_program(PLANS["every head"][0]), {"b": 2, "h": 6}, 1, 7, False).made(work)
+    rows = found[1:].tolist()
+    assert int(found[0]) == 84 and sorted(rows) == list(range(84))
+    assert [divmod(row, 7) for row in rows[:9]] == [(head, 0) for head in range(8)] + [(0, 1)]
+    assert [divmod(row, 7) for row in rows[56:61]] == [(8, 0), (9, 0), (10, 0), (11, 0), (8, 1)]
