@@ -74,11 +74,7 @@ class Planner:
         if not self._constants or [storage.data_ptr() for storage in memory] != [storage.data_ptr() for storage in self._memory]:
             self._plan, self._memory = self._rows(self._program, operands), memory
         assert self._plan is not None
-        found = {**self._tables_of(self._plan), "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
-        if self._queue is not None:
-            work = self._plan.work[:, :, found["Order"].long()]
-            found["Queue"] = self._queue.made(work.to(torch.int32).contiguous())
-        return found
+        return {**self._tables_of(self._plan), "NextRow": torch.zeros(2, dtype=torch.int32, device=self._device)}
 
     def _tables_of(self, plan: TilePlan) -> Constants:
         if plan not in self._tables:
@@ -87,7 +83,10 @@ class Planner:
             if not self.is_static:  # a launch remembers how wide the tables are
                 full, partial = (ranges.widened((plan.kv_tiles + 1) // 2) for ranges in (full, partial))
             in_boxes = {"Origins": origins, "Windows": self._windows()} if self._schedule.tiles else {}
-            self._tables[plan] = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order, **in_boxes}
+            queue: Constants = {}
+            if self._queue is not None:
+                queue = {"Queue": self._queue.made(plan.work[:, :, order.long()].to(torch.int32).contiguous())}
+            self._tables[plan] = {**_ranges("Full", full), **_ranges("Partial", partial), "Order": order, **in_boxes, **queue}
         return self._tables[plan]
 
     def _windows(self) -> Tensor:

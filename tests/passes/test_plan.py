@@ -291,6 +291,7 @@ def _device_coverage(
                 begin, end = int(found[f"{which}Begin"][i]), int(found[f"{which}End"][i])
                 assert 0 <= begin < end <= columns and not launched[row, begin:end].any()
                 launched[row, begin:end] = kind
+    assert found["Work"][: len(launched)].tolist() == (launched != 0).sum(1).tolist()  # what rows are sorted by
     coverage = torch.empty_like(launched).reshape(-1, rows, columns)
     coverage[:, found["Order"].long()] = launched.reshape(-1, rows, columns)
     return coverage.reshape(*shape, rows, columns)

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from attncompiler.ir import Attention, parse, verify
+from attncompiler.ir.text import to_text
 from attncompiler.runtime import queue
+from attncompiler.runtime.planning import Planner
+from attncompiler.runtime.prepared import Prepared
 from attncompiler.runtime.queue import RowQueue
+from attncompiler.tuning.schedule import KernelSchedule
 
 
 def _program(keep: str) -> Attention:
@@ -61,3 +65,26 @@ def test_of_many_rows_eight_heads_take_turns(monkeypatch: pytest.MonkeyPatch) ->
     assert int(found[0]) == 84 and sorted(rows) == list(range(84))
     assert [divmod(row, 7) for row in rows[:9]] == [(head, 0) for head in range(8)] + [(0, 1)]
     assert [divmod(row, 7) for row in rows[56:61]] == [(8, 0), (9, 0), (10, 0), (11, 0), (8, 1)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_plan_brings_its_queue(constant: bool, by_keys: bool) -> None:
+    """Of the tiles that its rows visit, made on the device or, of a constant, before."""
+    program = _program("(doc[b, q_idx] == doc[b, kv_idx]) & (kv_idx <= q_idx) else zero")
+    if constant:
+        program = verify(parse(to_text(program).replace("doc: i32[2, 512]", "doc: const(i32[2, 512])")))
+    doc = torch.randint(0, 9, (2, 512), generator=torch.Generator().manual_seed(1), dtype=torch.int32).sort(-1).values
+    qkv = {name: torch.zeros(2, heads, 512, 64, dtype=torch.bfloat16) for name, heads in (("q", 6), ("k", 3), ("v", 3))}
+    made = {**qkv, "doc": doc}
+    call = Prepared(program, made, {})
+    members = 2 if by_keys else 1
+    planner = Planner(program, {}, call.extents, KernelSchedule(64, 64, 1, 1), by_keys, torch.device("cpu"), members)
+    found = planner(made, call.raw(made), call.constants)
+    same = doc[:, :, None] == doc[:, None, :]
+    tiles = (same & torch.ones(512, 512, dtype=torch.bool).tril()).unflatten(1, (8, 64)).unflatten(3, (8, 64)).any(2).any(3)
+    visited = tiles.sum(1 if by_keys else 2)[:, found["Order"].long()]
+    sums = (visited[:, None] * members).expand(2, 6 // members, 8).flatten()
+    assert sums[found["Queue"][1 : len(sums) + 1].long()].tolist() == sorted(sums.tolist(), reverse=True)
+    assert sorted(found["Queue"][1 : len(sums) + 1].tolist()) == list(range(len(sums))) and int(found["Queue"][0]) == len(sums)
