@@ -329,8 +329,9 @@ def with_sizes(program: Attention, sizes: Mapping[str, int]) -> Expr:
 
 @functools.lru_cache(maxsize=512)
 def _static_plan(keep: Keep, shape: tuple[int, ...], block_q: int, block_kv: int, device: torch.device) -> TilePlan:
-    plan = _plan(keep, {}, shape, block_q, block_kv, torch.device("cpu"))
-    return plan if device.type == "cpu" else plan.to(device)
+    if device.type == "cpu":
+        return _plan(keep, {}, shape, block_q, block_kv, device)
+    return _static_plan(keep, shape, block_q, block_kv, torch.device("cpu")).to(device)  # the choice of tiles has made it
 
 
 def _plan(
