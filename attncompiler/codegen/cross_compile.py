@@ -17,7 +17,7 @@ import torch
 from attncompiler.codegen.emission import Emission, Layout, needed_kernels
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.hopper import REGISTERS, shared_layout
-from attncompiler.codegen.triton_expr import pointer_name, stride_name
+from attncompiler.codegen.triton_expr import TABLES, pointer_name, stride_name
 from attncompiler.errors import OptionError
 from attncompiler.ir.program import Attention, Dtype
 from attncompiler.tuning.schedule import KernelSchedule, Schedule
@@ -92,9 +92,7 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:
-        table = name.startswith(
-            ("Full", "Partial", "Order", "NextRow", "Shares", "Queue", "Index", "Place", "Count", "Origins", "Windows")
-        ) and not name.endswith("_ranges")
+        table = name in TABLES | {"Windows", "Index", "Place", "Count"} and not name.endswith("_ranges")
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
         elif block := emission.descriptor_block(kernel, name):

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from attncompiler.codegen.emission import Emission, Vector, halved, list_parameters, parameters_of
 from attncompiler.codegen.positions import TilePositions
 from attncompiler.codegen.text import fill
-from attncompiler.codegen.triton_expr import HELPERS, pointer_name
+from attncompiler.codegen.triton_expr import HELPERS, TABLES, pointer_name
 from attncompiler.ir.program import Dtype
 from attncompiler.passes.grid import split_axis
 from attncompiler.templates import hopper_rows
@@ -109,7 +109,6 @@ def every_tile(tile: str) -> str:
 
 def passed_on(e: Emission, kernel: str) -> list[str]:
     """The parameters that the groups are handed: all but tables, tile sizes and the descriptors of what is loaded."""
-    tables = ("Full", "Partial", "Order", "NextRow", "Shares", "Queue", "Origins", "BLOCK_")
     by_list: set[str] = set()
     if kernel == "attention_forward" and e.layout.by_list is not None:
         by_list = {"O", pointer_name(e.lefts()[0].name), *list_parameters(e)}
@@ -117,7 +116,7 @@ def passed_on(e: Emission, kernel: str) -> list[str]:
     return [
         name
         for name in parameters_of(e, section)
-        if not name.startswith(tables) and name != "Lse" and name not in by_list
+        if name not in TABLES and not name.startswith("BLOCK_") and name != "Lse" and name not in by_list
         if name.startswith("Grad_") or e.descriptor_block(kernel, name) is None
     ]
 

@@ -195,9 +195,20 @@ def _surely_inside(entry: Expr, extent: Expr, program: Attention) -> bool:
     return isinstance(extent, Const) and low >= 0 and high < int(extent.value)
 
 
+_RANGES = {f"{kind}{part}" for kind in ("Full", "Partial") for part in ("Count", "Begin", "End", "_ranges")}
+TABLES = frozenset(
+    {*_RANGES, "Order", "NextRow", "Shares", "Queue", "Origins"}
+)  # parameters that tell a kernel which tiles to visit
+_PARAMETERS = TABLES | {
+    "B", "H", "M", "N", "O", "DO", "Lse", "Rcp", "Delta", "Reference", "DLse", "Windows", "Work", "Index", "Place", "Count", "Gain",
+    "Summed",
+}  # fmt: skip
+
+
 def pointer_name(tensor: str) -> str:
-    """The kernel's name of an operand: tensors are capitalised, as the literature has them."""
-    return tensor[0].upper() + tensor[1:]
+    """The kernel's name of an operand: tensors are capitalised, as the literature has them, and never called as what kernels have."""
+    name = tensor[0].upper() + tensor[1:]
+    return f"{name}_" if name in _PARAMETERS else name
 
 
 def stride_name(tensor: str, place: int) -> str:

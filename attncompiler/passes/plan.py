@@ -40,6 +40,7 @@ from attncompiler.ir.expr import (
 )
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep, TensorDecl, kind_of
+from attncompiler.passes.compact_rows import LENGTH
 from attncompiler.passes.constant_plans import ConstantPlans
 from attncompiler.passes.grid import ROWS, GridTiles, box_coverage, choose_tiles, rows_keep_some
 from attncompiler.passes.intervals import Tiles
@@ -245,7 +246,10 @@ def plan_boxes(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool = F
 def tiles_for(
     program: Attention, sizes: Mapping[str, int], block_q: int, block_kv: int, by_keys: bool = False, halves: bool = False
 ) -> GridTiles:
-    """Boxes to cut the tokens of a program into, where its mask is one of a grid; ROWS elsewhere. `halves`: as in choose_tiles."""
+    """Boxes to cut the tokens of a program into, where its mask is one of a grid; ROWS elsewhere, also where queries or keys are those
+    of a list, which does not lie in a grid. `halves`: as in choose_tiles."""
+    if program.axes.q_idx == Size(LENGTH) or any(decl.ascending for decl in program.tensors):
+        return ROWS
     extents = extents_of(program, sizes)
     tokens, keep = extents["q_idx"], program.keep
     if tokens != extents["kv_idx"] or tokens == 0:

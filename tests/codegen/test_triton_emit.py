@@ -8,8 +8,10 @@ import pytest
 from attncompiler.codegen.cross_compile import cross_compile
 from attncompiler.codegen.emission import ByList, Layout
 from attncompiler.codegen.emit import emit
+from attncompiler.codegen.plan_kernel import emit_plan
 from attncompiler.errors import UnsupportedProgram
-from attncompiler.ir import Attention
+from attncompiler.ir import Attention, parse, verify
+from attncompiler.ir.text import to_text
 from attncompiler.passes.compact_rows import compact_rows
 from attncompiler.tuning.schedule import Schedule, choose_schedule
 from attncompiler.tuning.target import TARGETS, Target
@@ -85,6 +87,18 @@ def test_kernels_of_rows_by_list_compile_and_fit(name: str, d: int) -> None:
     for kernel in kernels:
         assert kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory"
         assert kernel.spills <= 512, f"{kernel.name} spills {kernel.spills} bytes"
+
+
+def test_tensors_may_be_called_as_what_kernels_have() -> None:
+    """Kernels have parameters of their own, and the user's name of a tensor is kept."""
+    names = ["work", "queue", "queue_ids", "index", "place", "count", "gain", "summed", "order", "full_ids", "windows", "lse"]
+    added = ", ".join(f"{name}: i32[256]" for name in names)
+    kept = " & ".join(f"({name}[q_idx] <= kv_idx)" for name in names)
+    text = to_text(program()).replace("kv_idx <= q_idx else nan", f"{kept} else zero")
+    p = verify(parse("\n".join(line + (f", {added}" if line.strip().startswith("read") else "") for line in text.splitlines())))
+    layout = Layout.of((1, 2, 2), frozenset("qkv"))
+    assert len(cross_compile(p, choose_schedule(p, TARGETS["sm_90"], True), layout, TARGETS["sm_90"])) == 4
+    compile(emit_plan(p, "q_idx", {"q_idx": 128, "kv_idx": 128}, is_long=False).source, "plan", "exec")
 
 
 def longest_chain(ptx: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from attncompiler.codegen.lowerable import parse_lowerable
 from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.text import to_line, to_text
-from attncompiler.passes.compact_rows import compact_rows
+from attncompiler.passes.compact_rows import compact_rows, without_route
 from attncompiler.runtime import lowering as chosen
-from attncompiler.runtime import routed, row_kernels, triton_launch
+from attncompiler.runtime import prepared, routed, row_kernels, triton_launch
 from attncompiler.runtime.rows import Rows, rows_of
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS, Target
@@ -97,12 +98,31 @@ def test_kernels_with_anything_past_the_lists(name: str, route: str, monkeypatch
 
     def gradients(rows: Rows, *given: Any) -> tuple[Tensor, Tensor]:
         grad, lse = take_gradients(rows, *given)
-        return ended(rows, grad, given[-1]), lse
+        past = torch.arange(rows.length) >= rows.count[..., None]
+        return ended(rows, grad, given[-1]), lse if given[-1] else lse.masked_fill(past, -torch.inf)
 
     monkeypatch.setattr(Rows, "take_vectors", lambda rows, x, fill: ended(rows, take(rows, x), fill))
     monkeypatch.setattr(Rows, "take_gradients", gradients)
     monkeypatch.setattr(Rows, "of", lambda lists, count: Rows(lists[0], count, lists[1], lists))
     judge(triton_launch, routed_program(name, route, 290, 33, 16, 24))
+
+
+def test_a_list_does_not_lie_in_a_grid() -> None:
+    """Boxes over places of a list would mix what is past its end into every tile."""
+    text = to_text(routed_program("plain", "gated", 576, 576, 64, 64, "bf16"))
+    keep = "      keep  (kv_idx % 24 < 8) & (kv_idx // 24 < 8) else zero"
+    p = verify(parse(text.replace("  weigh", f"{keep}\n  weigh", 1)))
+    call = routed.Routed(p, operands(p), {})
+    with mock.patch.object(prepared, "target_of", lambda device: TARGETS["sm_90"]):
+        whole, listed = (
+            prepared.Prepared(program, given, sizes).schedule
+            for program, given, sizes in (
+                (without_route(p), call.given, {}),
+                (call.compact.program, call.taken(call.operands()), call.sizes),
+            )
+        )
+    assert whole.forward.tiles and whole.warp_roles and listed.warp_roles
+    assert not (listed.forward.tiles or listed.backward_queries.tiles or listed.backward_keys.tiles)
 
 
 ON_A_GPU = [(257, 300, 80, 48), (600, 700, 128, 128), (1, 129, 128, 128)]  # queries, keys, size of q and k, of v
