@@ -90,7 +90,7 @@ def attention(
     Raises: OptionError for shapes or options that do not fit, DeviceError for tensors on different devices, InvalidProgram for a
     `keep` or `score` that is no function of positions."""
     if torch.compiler.is_dynamo_compiling():
-        _check(q, k, v, route, dropout_p, enable_gqa)
+        _check(q, k, v, route, scale, dropout_p, enable_gqa)
         return plain(q, k, v, None if keep is None else as_mask(keep), score, select, route, scale, dropout_p, return_lse)
     declared = declare(
         q, k, v, keep=keep, score=score, select=select, route=route, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa
@@ -116,7 +116,7 @@ def declare(
     enable_gqa: bool = False,
 ) -> Declared:
     """The program of a call of `attention`."""
-    _check(q, k, v, route, dropout_p, enable_gqa)
+    _check(q, k, v, route, scale, dropout_p, enable_gqa)
     unrouted = _unrouted(q, k, v, keep, score, select, scale, dropout_p)
     if route is None:
         return unrouted
@@ -225,8 +225,12 @@ def _warn_of_nothing(mask: Mask, predicate: Expr, read: Captured, extents: dict[
 _WARNED: set[Hashable] = set()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, route: HeadRoute | None, dropout_p: float, enable_gqa: bool) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, route: HeadRoute | None, scale: float | None, dropout_p: float, enable_gqa: bool
+) -> None:
     check_vectors(q, k, v, enable_gqa)
+    if isinstance(scale, Tensor):
+        raise OptionError("scale is a tensor", why="as a number it would have no gradient", do="multiply q by it, with scale=1.0")
     if not 0.0 <= dropout_p < 1.0:
         raise OptionError(f"dropout_p is {dropout_p}", do="give a probability from 0 to below 1")
     if isinstance(route, HeadRoute):

@@ -95,6 +95,13 @@ class Mask(ABC):
     def __or__(self, other: Mask) -> Mask:
         return _Joined("or", (self, as_mask(other)))
 
+    def __bool__(self) -> bool:
+        raise OptionError(
+            f"the mask {self} is asked whether it is true",
+            why="`and`, `or` and `not` would keep one of two masks and drop the other",
+            do="join masks by & and |, and turn one round by ~",
+        )
+
     def __invert__(self) -> Mask:
         return self.complement()
 

@@ -39,7 +39,9 @@ def plain(
             kept = select.on(h, m) if keep is None else kept & select.on(h, m)
         scores = torch.where(kept, scores, float("-inf"))
         weights = torch.where(kept, torch.softmax(scores, -1), 0.0)  # a query without keys: zero, not NaN
-    out = torch.dropout(weights, dropout_p, dropout_p > 0.0).to(v.dtype) @ v  # a score may read wider numbers than q holds
+    if dropout_p > 0.0:
+        weights = torch.dropout(weights, dropout_p, True)
+    out = weights.to(v.dtype) @ v  # a score may read wider numbers than q holds
     if route is not None:
         gate, active = route.operands(q)
         out = out * torch.where(active, gate, 0.0)[..., None]

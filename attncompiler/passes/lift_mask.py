@@ -9,8 +9,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from attncompiler.ir.expr import ONE, TRUE, Apply, Const, Dot, Expr, Read, Uniform, apply, axes_of, conj, conjuncts, walk
+from attncompiler.errors import Unrecognised
+from attncompiler.ir.expr import (
+    KV_IDX,
+    ONE,
+    Q_IDX,
+    TRUE,
+    Apply,
+    Const,
+    Dot,
+    Expr,
+    Read,
+    Uniform,
+    apply,
+    axes_of,
+    conj,
+    conjuncts,
+    substitute,
+    walk,
+)  # fmt: skip
+from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty, Keep
+from attncompiler.passes.plan import proved_nonempty
 
 # A score is taken to be below 1e29 in magnitude; a masked one at most -1e30 then weighs exp(-9e29) = 0 beside any kept one.
 MASKED_AT_MOST = -1e30
@@ -43,32 +63,66 @@ def lift_mask(program: Attention, trained: frozenset[str] = frozenset()) -> Atte
 
 
 def zero_empty_rows(program: Attention) -> Attention:
-    """Weights set to 0 outside `keep` after the softmax: an empty row gives 0 instead of NaN, and the factor says nothing more.
+    """Weights set to 0 after the softmax, at least in rows that keep no key: such a row gives 0 instead of NaN, and a factor that only
+    says what `keep` does says nothing more. One that drops other pairs stays, for their sake.
 
-    A factor that also drops other pairs stays, for their sake."""
+    Raises: Unrecognised where weights are set to 0 and a row that keeps no key may keep its NaN in part."""
     if program.keep.empty is not Empty.NAN or program.keep.predicate == TRUE:
         return program
-    kept = set(conjuncts(program.keep.predicate))
+    kept, diagonal = set(conjuncts(program.keep.predicate)), _own_keys(program)
     factors = _factors(program.adjust)
-    masks = [factor for factor in factors if kept <= _conjuncts_of_mask(factor)]
-    if not masks:
+    masks = {factor: _conjuncts_of_mask(factor) for factor in factors}
+    covering = [factor for factor, said in masks.items() if said and (kept <= said or (diagonal is not None and diagonal <= said))]
+    if not covering:
+        if any(masks.values()) and not _surely_nonempty(program):
+            raise Unrecognised(
+                "weights are set to 0 after the softmax where not all of a row is",
+                why="a row that keeps no key is NaN there, which no factor makes 0",
+                do="set to 0 what the mask before the softmax leaves out, or all of such rows; or use nan_to_num(0.0) on the weights",
+            )
         return program
     rest: Expr = ONE
     for factor in factors:
-        if factor not in masks or _conjuncts_of_mask(factor) != kept:
-            rest = factor if rest == ONE else apply("mul", rest, factor)
+        left = _chosen(factor) if factor in covering and masks[factor] == kept else factor
+        rest = left if rest == ONE else rest if left == ONE else apply("mul", rest, left)
     return replace(program, keep=replace(program.keep, empty=Empty.ZERO), adjust=rest)
 
 
+def _own_keys(program: Attention) -> set[Expr] | None:
+    """What must hold of a query for it to keep the key of its own number; None where there may be no such key."""
+    queries, keys = program.axes.q_idx, program.axes.kv_idx
+    shorter = isinstance(queries, Const) and isinstance(keys, Const) and int(queries.value) <= int(keys.value)
+    if queries != keys and not shorter:
+        return None
+    own = substitute(program.keep.predicate, {KV_IDX: Q_IDX})
+    return {part for part in conjuncts(own) if part != TRUE and not _is_reflexive(part)}
+
+
+def _is_reflexive(part: Expr) -> bool:
+    return isinstance(part, Apply) and part.op in ("le", "ge") and part.args[0] == part.args[1]
+
+
+def _surely_nonempty(program: Attention) -> bool:
+    return not program.sizes and proved_nonempty(program, {}, extents_of(program, {}))
+
+
 def _conjuncts_of_mask(factor: Expr) -> set[Expr]:
-    """What holds where a factor of ones and zeros is 1; nothing for any other factor."""
-    if isinstance(factor, Apply) and factor.op == "where" and all(isinstance(arg, Const) for arg in factor.args[1:]):
+    """What holds where a factor is not set to 0; nothing for a factor that is multiplied: draws of dropout, say."""
+    if isinstance(factor, Apply) and factor.op == "where" and not any(isinstance(n, Uniform) for n in walk(factor.args[0])):
         condition, yes, no = factor.args
-        if (yes, no) == (Const(1.0), Const(0.0)):
+        if no == Const(0.0):
             return set(conjuncts(condition))
-        if (yes, no) == (Const(0.0), Const(1.0)):
+        if yes == Const(0.0):
             return set(conjuncts(apply("not", condition)))
     return set()
+
+
+def _chosen(factor: Expr) -> Expr:
+    """A factor without its condition, where the weights are 0 outside that; ONE for 1. What varies may be NaN outside, and stays."""
+    assert isinstance(factor, Apply)
+    _, yes, no = factor.args
+    left = yes if no == Const(0.0) else no
+    return factor if not isinstance(left, Const) else ONE if left == Const(1.0) else left
 
 
 def weak_mask(score: Expr) -> float | None:

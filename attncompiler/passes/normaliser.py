@@ -27,7 +27,7 @@ class Normalised:
 
 def normalised(reader: Reader, weights: Expr, keys: Extent) -> Normalised:
     """Needs: an element of the weights, kv_idx free. Ensures: its clauses. Raises: Unrecognised, saying what stands in the way."""
-    core, adjust, nan_to_zero = _peel_factors(weights, ONE, False)
+    core, adjust, nan_to_zero = _peel_factors(weights)
     stable = True
     if isinstance(core, Weights):
         score, extra = _softmax_input(reader, core, keys)
@@ -66,26 +66,33 @@ def _has_normaliser(expr: Expr) -> bool:
     return any(isinstance(n, Weights | RowReduce) for n in walk(expr))
 
 
-def _peel_factors(expr: Expr, adjust: Expr, nan: bool) -> tuple[Expr, Expr, bool]:
-    """Split weights * factors; where(c, weights, 0) is a factor too."""
+def _peel_factors(expr: Expr) -> tuple[Expr, Expr, bool]:
+    """Split weights * factors, and whether NaN became 0. where(c, weights * x, 0) is the factor where(c, x, 0): of what is not chosen
+    not even NaN is left."""
     if isinstance(expr, NanToZero):
-        return _peel_factors(expr.inner, adjust, True)
-    if isinstance(expr, Apply):
-        if expr.op == "mul":
-            for weights, factor in (expr.args, expr.args[::-1]):
-                if _has_normaliser(weights) and not _has_normaliser(factor):
-                    return _peel_factors(weights, _times(adjust, factor), nan)
-        if expr.op == "div" and not _has_normaliser(expr.args[1]):
-            return _peel_factors(expr.args[0], apply("div", adjust, expr.args[1]), nan)
-        if expr.op in ("round_f16", "round_bf16", "to_float"):
-            return _peel_factors(expr.args[0], adjust, nan)
-        if expr.op == "where":
-            condition, yes, no = expr.args
-            for weights, other, there, elsewhere in ((yes, no, 1.0, 0.0), (no, yes, 0.0, 1.0)):
-                if isinstance(other, Const) and float(other.value) == 0.0 and _has_normaliser(weights):
-                    mask = apply("where", condition, Const(there), Const(elsewhere))
-                    return _peel_factors(weights, _times(adjust, mask), nan)
-    return expr, adjust, nan
+        core, factor, _ = _peel_factors(expr.inner)
+        return core, factor, True
+    if not isinstance(expr, Apply):
+        return expr, ONE, False
+    if expr.op == "mul":
+        for weights, factor in (expr.args, expr.args[::-1]):
+            if _has_normaliser(weights) and not _has_normaliser(factor):
+                core, inner, nan = _peel_factors(weights)
+                return core, _times(factor, inner), nan
+    if expr.op == "div" and not _has_normaliser(expr.args[1]):
+        core, inner, nan = _peel_factors(expr.args[0])
+        return core, apply("div", inner, expr.args[1]), nan
+    if expr.op in ("round_f16", "round_bf16", "to_float"):
+        return _peel_factors(expr.args[0])
+    if expr.op == "where":
+        condition, yes, no = expr.args
+        for weights, other, chosen in ((yes, no, True), (no, yes, False)):
+            if isinstance(other, Const) and float(other.value) == 0.0 and _has_normaliser(weights):
+                core, inner, nan = _peel_factors(weights)
+                factor = Const(1.0) if inner == ONE else inner
+                sides = (factor, Const(0.0)) if chosen else (Const(0.0), factor)
+                return core, apply("where", condition, *sides), nan
+    return expr, ONE, False
 
 
 def _times(left: Expr, right: Expr) -> Expr:

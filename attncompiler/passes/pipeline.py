@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attncompiler.errors import AttnCompilerError
@@ -102,7 +103,8 @@ def _is_layer(node: Node) -> bool:
     """True for a linear layer, and for x @ w.T: batches of vectors with one matrix. Scores have a matrix for each batch, or no batch."""
     if base_name(node.target) in ("linear", "addmm"):
         return True
-    dims = [source.meta["val"].dim() for source in node.all_input_nodes if "val" in source.meta]
+    values = [source.meta.get("val") for source in node.all_input_nodes]
+    dims = [value.dim() for value in values if isinstance(value, Tensor)]
     return contraction_of(node) is not None and len(dims) == 2 and min(dims) == 2 < max(dims)
 
 

@@ -281,3 +281,18 @@ def sorts(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Ten
 def test_mistakes_are_named(call: Callable[..., Tensor], error: type[AttnCompilerError], message: str) -> None:
     with pytest.raises(error, match=message):
         call(*operands())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "attncompiler"])
+def test_every_size_may_be_dynamic(backend: str) -> None:
+    """One graph, whatever takes it: where not even the head size is known, this backend leaves it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attncompiler.attention(q, k, v, keep=masks.causal())
+
+    options = {"inner": "aot_eager"} if backend == "attncompiler" else {}
+    compiled = torch.compile(attend, backend=backend, dynamic=True, fullgraph=True, options=options)
+    for length in (40, 23):
+        qkv = [torch.randn(2, 3, length, 8) for _ in range(3)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+        torch.testing.assert_close(compiled(*qkv), expected)

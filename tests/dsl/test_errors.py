@@ -51,6 +51,11 @@ def by_value(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         (lambda: masks.grid((4, 6), 2, dilation=(1, 4)), OptionError, "do:  give a window of at most 1; a window as long"),
         (lambda: masks.grid((4, 6), 3, stride=4), OptionError, "do:  give a stride of at most 3"),
         (lambda: masks.grid((4, 6), 0), OptionError, "do:  give numbers from 1 on"),
+        (lambda: masks.causal() and masks.window(2), OptionError,
+         "the mask causal() is asked whether it is true\n  why: `and`, `or` and `not` would keep one of two masks and drop the other\n"
+         "  do:  join masks by & and |, and turn one round by ~"),
+        (lambda: attncompiler.attention(Q, Q, Q, scale=torch.tensor(0.3)), OptionError,
+         "scale is a tensor\n  why: as a number it would have no gradient\n  do:  multiply q by it, with scale=1.0"),
         (lambda: call(masks.grid((5, 5), 3)), OptionError,
          "grid((5, 5), window=3) is for 25 tokens, not 24 queries\n"
          "  do:  make it for the number of tokens; for text or extra keys beside them there is masks.segments"),

@@ -272,3 +272,39 @@ def test_a_mask_too_weak_to_skip_by_is_noted() -> None:
 
     explanation = attncompiler.explain(attention, *operands())
     assert "-1e+09 a score may still count" in str(explanation) and explanation.regions[0].mask == "all pairs"
+
+
+def _zeroed(name: str) -> Callable[..., Tensor]:
+    """Weights set to 0 after the softmax, of queries past a length too, which keep no key."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        i = torch.arange(q.shape[2])
+        real = i < lengths[:, None]
+        keep = (real[:, None, :] & real[:, :, None])[:, None]
+        left = {
+            "the mask": keep, "real queries": real[:, None, :, None], "queries with keys": keep.any(-1, keepdim=True),
+            "late queries": (i > 20)[:, None], "more than the mask": keep | (i < 3), "a band": (i[:, None] - i).abs() < 30,
+        }[name]  # fmt: skip
+        weights = (q @ k.mT / 3).masked_fill(~keep, -math.inf).softmax(-1)
+        return torch.where(left, weights * 2, 0.0) @ v
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("left", "taken"),
+    [
+        ("the mask", True), ("real queries", True), ("queries with keys", False), ("late queries", False), ("more than the mask", False),
+        ("a band", False),
+    ],
+)  # fmt: skip
+def test_nan_weights_that_become_0(left: str, taken: bool) -> None:
+    """As eager: 0 where the NaN of a row without keys is not chosen, which a factor of 0 would not make it."""
+    attend, lengths = _zeroed(left), torch.tensor([40, 60])
+    qkv = [torch.randn(2, 2, 60, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert bool(attncompiler.explain(attend, *qkv, lengths).regions) == taken
+    compiled = torch.compile(attend, backend="attncompiler", options={"inner": "aot_eager"})
+    expected, found = attend(*qkv, lengths), compiled(*qkv, lengths)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    for mine, right in zip(*(torch.autograd.grad(o.sum(), qkv) for o in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, right, equal_nan=True)
