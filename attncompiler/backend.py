@@ -12,11 +12,13 @@ from typing import Any, cast
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Node
 
 from attncompiler.assumed import checked
 from attncompiler.codegen.recurrence import why_not_lowered
 from attncompiler.config import Inner, parse_options
+from attncompiler.errors import Unrecognised
 from attncompiler.explanation import Missed
 from attncompiler.passes.nothing_kept import warning_of_nothing
 from attncompiler.passes.pipeline import CompiledGraph, compile_graph
@@ -46,10 +48,21 @@ def attncompiler(
     return checked(compiled, graph.assumed, read)
 
 
+def _as_it_is(tensor: Any) -> Any:
+    return tensor
+
+
 def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     """The compiled graph; the given one, with a reason, where compiling fails: a mistake of ours must not stop the user."""
     try:
-        return compile_graph(module, inputs, why_not_lowered)
+        with saved_tensors_hooks(
+            _as_it_is, _as_it_is
+        ):  # what tracing saves is none of a checkpoint's that surrounds the first call
+            return compile_graph(module, inputs, why_not_lowered)
+    except Unrecognised as error:
+        reason = f"{error.what}: {error.why}" if error.why else error.what
+        log.warning("a graph is left to the inner compiler: %s", error)
+        return CompiledGraph(module, (), (Missed(reason, error.where, error.do),))
     except Exception as error:
         log.warning("a graph is left to the inner compiler: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(10))
         return CompiledGraph(module, (), (Missed(f"the graph could not be analysed: {type(error).__name__}: {error}", ""),))

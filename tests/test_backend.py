@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import attncompiler
 from attncompiler.backend import attncompiler as backend
@@ -190,3 +191,40 @@ def test_no_keys_give_zero_and_no_queries_nothing(attend: Callable[..., Tensor],
     assert torch.equal(out, torch.zeros(1, 2, m, 16))
     for gradient in torch.autograd.grad(out.sum(), inputs):
         assert not gradient.any()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_a_compiled_block_may_be_checkpointed() -> None:
+    """Also at its first call, which compiles it while the checkpoint counts what is saved."""
+    qkv = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(_attend, backend="attncompiler", options={"inner": "aot_eager"})
+    found, expected = checkpoint(compiled, *qkv, use_reentrant=False), _attend(*qkv)
+    for mine, right in zip(*(torch.autograd.grad(o.sum(), qkv) for o in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason", "advice"),
+    [
+        (lambda *qkv: checkpoint(_attend, *qkv, use_reentrant=False), "is checkpointed", "checkpoint(torch.compile(block"),
+        (lambda q, k, v: _attend(_Straight.apply(q), k, v), "torch.autograd.Function", "torch.compiler.disable"),
+    ],
+    ids=["checkpoint", "function"],
+)
+def test_graphs_that_are_left_say_why(attend: Callable[..., Tensor], reason: str, advice: str) -> None:
+    qkv = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
+    (missed,) = attncompiler.explain(attend, *qkv).missed
+    assert reason in missed.reason and advice in missed.advice and missed.source_location.startswith("test_backend.py:")

@@ -28,18 +28,28 @@ def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 _NOTHING = Graph()
+# Calls that hold a part of the graph: what they are, why nothing of the graph is taken, and what to do.
+_HOLDERS = {
+    "autograd_function_apply": (
+        "the graph calls a torch.autograd.Function", "its own backward would be lost in our trace",
+        "call it outside of what is compiled, as by torch.compiler.disable",
+    ),
+    "activation_checkpoint": (
+        "the graph has a part that is checkpointed", "what is computed again in the backward is a graph of its own, which is not looked at",
+        "compile the block that is checkpointed: checkpoint(torch.compile(block, backend=\"attncompiler\"), ...)",
+    ),
+}  # fmt: skip
 
 
 def capture(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Needs: Dynamo's graph and its example inputs. Ensures: a flat graph of ATen operators, whole ones such as softmax and
     matmul included, `meta["val"]` on every node, `meta["stack_trace"]` from the user's code, `meta["user_name"]` on inputs.
-    Keeps: what it computes."""
-    if any(
-        "autograd_function_apply" in str(node.target)
-        for part in module.modules()
-        for node in getattr(part, "graph", _NOTHING).nodes
-    ):
-        raise Unrecognised("the graph calls a torch.autograd.Function", why="its own backward would be lost in our trace")
+    Keeps: what it computes. Raises: Unrecognised for a graph of which nothing can be taken."""
+    for part in module.modules():
+        for node in getattr(part, "graph", _NOTHING).nodes:
+            for holder, (what, why, do) in _HOLDERS.items():
+                if holder in str(node.target):
+                    raise Unrecognised(what, where=source_line(node), why=why, do=do)
     mode = fake_mode_of(inputs)
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) else x for x in inputs]
     with fx_traceback.preserve_node_meta(), mode:
