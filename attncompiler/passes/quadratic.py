@@ -155,9 +155,10 @@ class _Weighed:
         elif future not in (ZERO, Const(0.0)):
             if not hides_some(past, own, future):
                 raise Unrecognised(
-                    "the keys after a query weigh too",
+                    "the keys after a query are not proved to weigh nothing",
                     why=f"the factor there is {factor_text(future)}; one state, which keys enter in order, can't give both sides",
-                    do="split the factor into a causal half and its mirror image, two linear attentions whose results are added",
+                    do="if they weigh nothing, make the mask within the function (torch.arange, tril); if they do, split the factor into "
+                    "a causal half and its mirror image, two linear attentions whose results are added",
                 )
             raise Unrecognised("the mask between scores and values is not causal", why="it keeps keys after their query")
         dot, factor, divisor = parts_of(past)

@@ -287,7 +287,7 @@ LEFT: list[tuple[Form, bool, str]] = [  # form, whether g is of tokens, words of
     (own_key_left_out, False, "whatever the distance"),
     (no_running_sum, True, "is no running sum (torch.cumsum)"),
     (sums_that_are_added, True, "also weighs each query or key by itself"),
-    (both_sides, False, "the keys after a query weigh too"),
+    (both_sides, False, "the keys after a query are not proved to weigh nothing"),
     (later_keys, False, "is not causal"),
     (window, False, "q_idx - kv_idx < 16"),
     (base_of_any_sign, False, "not known to be positive"),
