@@ -55,14 +55,11 @@ def _as_it_is(tensor: Any) -> Any:
 def compile_or_leave(module: GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
     """The compiled graph; the given one, with a reason, where compiling fails: a mistake of ours must not stop the user."""
     try:
-        with saved_tensors_hooks(
-            _as_it_is, _as_it_is
-        ):  # what tracing saves is none of a checkpoint's that surrounds the first call
+        with saved_tensors_hooks(_as_it_is, _as_it_is):  # a checkpoint around the first call must not count what tracing saves
             return compile_graph(module, inputs, why_not_lowered)
     except Unrecognised as error:
-        reason = f"{error.what}: {error.why}" if error.why else error.what
         log.warning("a graph is left to the inner compiler: %s", error)
-        return CompiledGraph(module, (), (Missed(reason, error.where, error.do),))
+        return CompiledGraph(module, (), (Missed(error.reason, error.where, error.do),))
     except Exception as error:
         log.warning("a graph is left to the inner compiler: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(10))
         return CompiledGraph(module, (), (Missed(f"the graph could not be analysed: {type(error).__name__}: {error}", ""),))

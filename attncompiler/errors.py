@@ -17,6 +17,11 @@ class AttnCompilerError(Exception):
         lines += [f"  do:  {do}"] if do else []
         super().__init__("\n".join(lines))
 
+    @property
+    def reason(self) -> str:
+        """What and why in one line."""
+        return f"{self.what}: {self.why}" if self.why else self.what
+
 
 class OptionError(AttnCompilerError):
     """An option that does not exist, or one that contradicts another."""

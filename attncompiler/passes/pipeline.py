@@ -90,8 +90,7 @@ _ADVICE = {
 
 def _missed(refusal: Refusal) -> Missed:
     error: AttnCompilerError = refusal.error
-    reason = f"{error.what}: {error.why}" if error.why else error.what
-    return Missed(reason, source_line(refusal.output), error.do)
+    return Missed(error.reason, source_line(refusal.output), error.do)
 
 
 def _reads_product(node: Node) -> bool:

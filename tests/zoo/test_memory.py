@@ -43,7 +43,7 @@ def test_no_number_for_each_pair(name: str) -> None:
         torch.autograd.grad(compiled(*inputs).sum(), inputs)
 
     step()
-    assert _further(step) < _PAIRS / 4
+    assert max(_further(step) for _ in range(3)) < _PAIRS / 4  # the system may count late: none of them may see one
 
 
 def test_what_is_measured_sees_such_a_matrix() -> None:
