@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attncompiler.codegen.emission import Emission, Layout, needed_kernels
+from attncompiler.codegen.emission import Emission, Layout, backward_kernels
 from attncompiler.codegen.emit import emit
 from attncompiler.codegen.hopper import REGISTERS, shared_layout
 from attncompiler.codegen.triton_expr import TABLES, pointer_name, stride_name
@@ -47,14 +47,9 @@ class CompiledKernel:
 
 def kernels_of(program: Attention, schedule: Schedule, layout: Layout) -> dict[str, KernelSchedule]:
     """The kernels of a program, by name."""
-    sides = needed_kernels(program, layout.wanted)
     found = {"attention_forward": schedule.forward}
-    if sides:
-        found["attention_delta"] = schedule.delta
-    if "queries" in sides:
-        found["attention_backward_queries"] = schedule.backward_queries
-    if "keys" in sides:
-        found["attention_backward_keys"] = schedule.backward_keys
+    for name in backward_kernels(program, schedule, layout.wanted):
+        found[name] = schedule.of(name)
     return found
 
 
@@ -92,7 +87,7 @@ def _signature(kernel: str, names: list[str], emission: Emission) -> dict[str, s
     pointers |= {f"Grad_{v.name}": f"*{_TYPES[program.decls[v.name].dtype]}" for v in emission.vectors.values()}
     found = {}
     for name in names:
-        table = name in TABLES | {"Windows", "Index", "Place", "Count"} and not name.endswith("_ranges")
+        table = name in TABLES | {"Windows", "Index", "Count"} and not name.endswith("_ranges")
         if name.startswith("BLOCK_"):
             found[name] = "constexpr"
         elif block := emission.descriptor_block(kernel, name):

@@ -129,9 +129,15 @@ class Emission:
             return schedule.tiles.rows_inside if kernel == "attention_backward_keys" else schedule.tiles.inside
         return self.has_warp_roles(kernel) and isinstance(n, Const) and int(n.value) % schedule.block_n == 0
 
+    @property
+    def delta_with_queries(self) -> bool:
+        """True where the backward kernel for queries also makes delta."""
+        kernels = backward_kernels(self.program, self.schedule, self.layout.wanted)
+        return "attention_backward_queries" in kernels and "attention_delta" not in kernels
+
     def takes_tickets(self, kernel: str) -> bool:
-        """True where programs ask for their next row: rows differ in length. The kernel before sets the counter to zero: the one
-        that plans, or the one that makes delta."""
+        """True where programs ask for their next row: rows differ in length. The counter is zero before: the kernel that plans sets it so,
+        or it comes with the memory of delta."""
         if kernel != "attention_forward":
             return self.has_warp_roles(kernel)
         return self.has_queue(kernel)
@@ -352,6 +358,17 @@ def needed_kernels(program: Attention, wanted: frozenset[str]) -> frozenset[str]
     return frozenset(found)
 
 
+def backward_kernels(program: Attention, schedule: Schedule, wanted: frozenset[str]) -> list[str]:
+    """The kernels that make the gradients in `wanted`, in the order that they run in. With warp roles the one for queries makes delta on
+    its way, as long as that is rowsum(O * dO)."""
+    sides = needed_kernels(program, wanted)
+    alone = not schedule.warp_roles or schedule.delta_over_keys or "queries" not in sides
+    return [
+        *(["attention_delta"] if sides and alone else []),
+        *(f"attention_backward_{side}" for side in sorted(sides, reverse=True)),
+    ]
+
+
 def parameters_of(e: Emission, kernel: str) -> list[str]:
     """The signature of a kernel: only what it uses."""
     wanted = e.layout.wanted
@@ -359,8 +376,7 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     rows = ["Lse", "Delta", "Reference"] + (["DLse"] if e.layout.has_grad_lse else [])  # what a delta kernel reads and makes
     if kernel == "delta" and not e.schedule.delta_over_keys:
         strides = [f"stride_{t}_{a}" for t in ("o", "do") for a in "bhm"] + ["stride_do_d"]
-        tickets = ["NextRow"] if e.schedule.warp_roles else []
-        return ["O", "DO", *rows, *tickets, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
+        return ["O", "DO", *rows, *strides, "H", "M", "BLOCK_M: tl.constexpr"]
     vectors = list(e.vectors.values())
     parameters = [pointer_name(v.name) for v in vectors]
     if not e.schedule.descriptors:
@@ -378,7 +394,9 @@ def parameters_of(e: Emission, kernel: str) -> list[str]:
     else:
         rcp = ["Rcp"] if e.program.has_rcp else []
         parameters += ["DO", *([] if e.schedule.descriptors else [f"stride_do_{a}" for a in "bhmd"])]
-        parameters += [*rcp, *rows] if kernel == "delta" else ["Reference", *rcp, "Delta"]
+        makes_delta = kernel == "delta" or (kernel == "queries" and e.delta_with_queries)
+        parameters += ["O"] if kernel == "queries" and makes_delta else []
+        parameters += [*rcp, *rows] if makes_delta else ["Reference", *rcp, "Delta"]
         reads = element_gradients(e.program, wanted)
         moved: list[Vector] = []
         tags: list[str] = []
@@ -410,7 +428,7 @@ def list_parameters(e: Emission) -> list[str]:
     assert e.layout.by_list is not None
     strides = [f"stride_{e.lefts()[0].name}_{a}" for a in ("b", "h", "row")] + [f"stride_o_{a}" for a in "bhm"]
     gains = ["Gain", *(f"stride_gain_{a}" for a in "bhm")] if e.layout.by_list.gains else []
-    return [*strides, "Index", "Place", "Count", *gains, *(["Summed"] if e.layout.by_list.sums else [])]
+    return [*strides, "Index", "Count", *gains, *(["Summed"] if e.layout.by_list.sums else [])]
 
 
 def visit_ranges(template: str, name: str, tile: str, plan_row: str, moving: TilePositions) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from attncompiler.codegen.emission import (
     Emission,
     Layout,
-    needed_kernels,
+    backward_kernels,
     vector_reads,
 )
-from attncompiler.codegen.emit_backward import delta_source, keys_source, queries_source
+from attncompiler.codegen.emit_backward import DELTA, KEYS, QUERIES, delta_source, keys_source, queries_source
 from attncompiler.codegen.emit_forward import forward_source
 from attncompiler.codegen.emit_hopper import hopper_forward_source
 from attncompiler.codegen.emit_hopper_backward import hopper_backward_source
@@ -26,14 +26,14 @@ def emit(program: Attention, schedule: Schedule, layout: Layout) -> str:
     """The source of all kernels that `layout.wanted` needs. Raises: UnsupportedProgram, in the user's words."""
     _check(lowerable(program))
     e = Emission(program, schedule, layout)
-    sides = needed_kernels(program, layout.wanted)
-    kernels = [delta_source(e)] if sides else []
+    backward = backward_kernels(program, schedule, layout.wanted)
+    kernels = [delta_source(e)] if DELTA in backward else []
     if schedule.warp_roles:
         kernels.append(_hopper_kernels(program, schedule, layout))
     else:
         kernels.insert(0, forward_source(e))
-        kernels += [queries_source(e)] if "queries" in sides else []
-        kernels += [keys_source(e)] if "keys" in sides else []
+        kernels += [queries_source(e)] if QUERIES in backward else []
+        kernels += [keys_source(e)] if KEYS in backward else []
     if e.in_parts:  # sums are as careful as eager code's: so must the weights be
         e.helpers.add("exp2")
         kernels = [kernel.replace("tl.exp2(", "exp2(") for kernel in kernels]
@@ -44,7 +44,8 @@ def emit(program: Attention, schedule: Schedule, layout: Layout) -> str:
 def _hopper_kernels(program: Attention, schedule: Schedule, layout: Layout) -> str:
     e = Emission(program, schedule, layout)
     kernels = [hopper_forward_source(e)]
-    kernels += [hopper_backward_source(e, f"attention_backward_{side}") for side in sorted(needed_kernels(program, layout.wanted))]
+    backward = backward_kernels(program, schedule, layout.wanted)
+    kernels += [hopper_backward_source(e, kernel) for kernel in (KEYS, QUERIES) if kernel in backward]
     return hopper_source(e, kernels)
 
 

@@ -277,7 +277,8 @@ def _store_vector(e: Emission, vector: Vector, row: str, size: str, factors: dic
     )
 
 
-def delta_source(e: Emission) -> str:
+def row_statistics(e: Emission) -> tuple[str, str]:
+    """Lines that make `reference` of the rows of a tile of queries, and lines that turn rowsum(O * dO) into delta and store both."""
     lse = e.base2("tl.load(Lse + rows, mask=q_idx < M, other=0.0)")
     guard, zero = "", ""
     if e.program.keep.predicate != TRUE and e.program.keep.empty is not Empty.SCORE:
@@ -288,13 +289,16 @@ def delta_source(e: Emission) -> str:
         zero = "delta = tl.where(empty, 0.0, delta)"
     reference = fill(softmax_backward.MAKE_REFERENCE, lse=lse, guard_empty=guard)
     subtract = "delta -= tl.load(DLse + rows, mask=q_idx < M, other=0.0)" if e.layout.has_grad_lse else ""
-    store = fill(softmax_backward.STORE_DELTA, subtract_grad_lse=subtract, guard_empty=zero)
+    return reference, fill(softmax_backward.STORE_DELTA, subtract_grad_lse=subtract, guard_empty=zero)
+
+
+def delta_source(e: Emission) -> str:
+    reference, store = row_statistics(e)
     parameters = signature(parameters_of(e, "delta"))
     if not e.schedule.delta_over_keys:
-        tickets = softmax_backward.NO_TICKETS if e.schedule.warp_roles else ""
         unread = e.program.keep.empty is Empty.UNREAD
         pass_empty = "inside = inside & ~empty[:, None]  # nothing wrote these rows" if unread else ""
-        holes = {"make_reference": reference, "store_delta": store, "no_tickets": tickets, "pass_empty": pass_empty}
+        holes = {"make_reference": reference, "store_delta": store, "pass_empty": pass_empty}
         text = fill(softmax_backward.DELTA, parameters=parameters, **holes)
         return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")
     where, _ = e.positions(DELTA)

@@ -117,7 +117,7 @@ def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
     of_gains = ", gains, Gain, stride_gain_b, stride_gain_h, stride_gain_m" if by_list.gains else ""
     output_strides = "stride_o_b, stride_o_h, stride_o_m"
     strides = ", ".join(f"stride_{e.lefts()[0].name}_{axis}" for axis in ("b", "h", "row"))
-    lists = f"(Index, Place, Count, listed, unlisted{of_gains})"
+    lists = f"(Index, Count, listed{of_gains})"
     return {
         "load_queries": "",
         "store": fill(
@@ -137,7 +137,7 @@ def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
             take_gains=hopper_by_list.TAKE_GAINS if by_list.gains else "",
             Q=holes["Q"],
         ),
-        "takes": f"(_takes, ({holes['Q']}, O, Lse, queries, {lists}, (H, M, B * H * gl.cdiv(M, 128)), ({strides}), ({output_strides}))),",
+        "takes": f"(_takes, ({holes['Q']}, queries, {lists}, (H, M), ({strides}))),",
         "after_queries": "fence_async_shared()  # what threads copied, products read",
         "q_arrivals": "33",  # the copies of each thread, and what else the warp leaves
         "workers": "4, 1, 1",

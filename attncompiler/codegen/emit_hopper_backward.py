@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attncompiler.codegen.emission import Emission, Vector, corner, element_gradients, parameters_of, side_of, tag, vector_reads
-from attncompiler.codegen.emit_backward import KEYS, gradient_text, pair_gradients, scaled
+from attncompiler.codegen.emit_backward import KEYS, gradient_text, pair_gradients, row_statistics, scaled
 from attncompiler.codegen.group_bounds import group_test
 from attncompiler.codegen.hopper import (
     element_type,
@@ -55,6 +55,8 @@ class _Side:
         of_side = "kv" if self.by_keys else "q"
         self.elements = [r for r in element_gradients(e.program, wanted) if side_of(r) == of_side]
         self.factors: dict[str, float] = {}
+        self.makes_delta = not self.by_keys and e.delta_with_queries
+        assert not self.makes_delta or self.held_rows == 2 * self.streamed_rows, "O takes the places of one tile that streams"
         self.brought = self._brought()
         starts = f"{self.row_tile} * {self.held_rows} + PART * 64", f"tile * {self.streamed_rows}"
         self.test = group_test(e, self.stays, self.moves, *starts, self.streamed_rows)
@@ -65,6 +67,7 @@ class _Side:
         operands = self._operands()
         all_rows = f"B * {operands['held_heads']} * {operands['row_tiles']}"
         holes = {**row_holes(self.e, self.kernel, self.row_tile, all_rows), **operands, **self._statistics()}
+        holes |= self._outputs(holes)
         load = fill(hopper_backward.LOAD_TILE, **holes)
         parts = [
             fill(hopper_backward.LOADS, every_tile=every_tile(load), **holes),
@@ -147,6 +150,20 @@ class _Side:
             "statistics_passed": names_of_rings,
             "statistics": f"(Reference, Delta{operands})",
             "ready_count": "2",
+        }
+
+    def _outputs(self, holes: dict[str, str]) -> dict[str, str]:
+        """How the kernel for queries comes by O, where it makes delta."""
+        if not self.makes_delta:
+            return {"outputs": "", "unpack_rings": "", "load_outputs": ""}
+        halves = {}
+        for half, part in (("first", "0"), ("second", "1")):
+            at = of_group(self.stays, f"{self.row_tile} * {self.held_rows}", self.e.box(self.kernel, Q_IDX), part)
+            halves[f"{half}_half_at"] = corner("h", 1, at)
+        return {
+            "outputs": ", O",
+            "unpack_rings": f"first_ring, second_ring, ready, free, {holes['statistics_rings']} = stream",
+            "load_outputs": fill(hopper_backward.LOAD_OUTPUTS, **halves, held_box=holes["held_box"]),
         }
 
     def _brought(self) -> Read | None:
@@ -248,14 +265,21 @@ class _Side:
             start = [f"{name} = gl.where(h % {self.members} == 0, no_sums, {name})" for name in sums]
         start += [f"d_{tag(self.e, r)} = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))" for r in self.elements]
         start.append(self.test.row_lines)
+        reference, store_delta = row_statistics(self.e)
         if not self.by_keys:
-            start += ["rows = (b.to(tl.int64) * H + h) * M + q_idx", softmax_backward.LOAD_DELTA.strip()]
+            start += [
+                "rows = (b.to(tl.int64) * H + h) * M + q_idx",
+                reference if self.makes_delta else softmax_backward.LOAD_DELTA.strip(),
+            ]
         sent = self._sent()
         free_before = hopper_backward.FREE_BEFORE.strip() if sent else ""
         if free_before and self.members > 1:  # only the first of the heads finds another row's gradients on their way
             free_before = free_before.replace("pred=place > 0", f"pred=(place > 0) & (h % {self.members} == 0)")
         start += [free_before, "mbarrier.wait(held_ready.index(at), place // 2 % 2)"]
         start += [f"{place} = {place}_held.index(at).reshape([64, {{d}}])" for place in ("first", "second")]
+        if self.makes_delta:
+            held_box = listed(self.e.descriptor_block(self.kernel, "DO"))
+            start.append(fill(hopper_backward.MAKE_DELTA, held_box=held_box, store_delta=store_delta))
         return {
             "no_sums": "\n".join(f"{name} = no_sums" for name in sums) if self.members > 1 else "",
             "start": "\n".join(filter(None, start)),

@@ -109,14 +109,14 @@ def every_tile(tile: str) -> str:
 
 def passed_on(e: Emission, kernel: str) -> list[str]:
     """The parameters that the groups are handed: all but tables, tile sizes and the descriptors of what is loaded."""
-    by_list: set[str] = set()
+    apart = {"Lse"} if kernel == "attention_forward" else set()
     if kernel == "attention_forward" and e.layout.by_list is not None:
-        by_list = {"O", pointer_name(e.lefts()[0].name), *list_parameters(e)}
+        apart |= {"O", pointer_name(e.lefts()[0].name), *list_parameters(e)}
     section = kernel.removeprefix("attention_").removeprefix("backward_")
     return [
         name
         for name in parameters_of(e, section)
-        if name not in TABLES and not name.startswith("BLOCK_") and name != "Lse" and name not in by_list
+        if name not in TABLES and not name.startswith("BLOCK_") and name not in apart
         if name.startswith("Grad_") or e.descriptor_block(kernel, name) is None
     ]
 

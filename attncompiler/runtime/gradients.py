@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.emission import element_gradients, needed_kernels, shared_heads, side_of
+from attncompiler.codegen.emission import backward_kernels, element_gradients, shared_heads, side_of
 from attncompiler.codegen.vectors import add_elements, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block
@@ -75,8 +75,7 @@ class _Places:
             pairs = {"pair": (b, h, m, n), "q": (b, h, m, 1), "kv": (b, h, 1, n)}[side_of(read)]
             self.elements.append((read, f"Grad_{tag}", pairs))
         self.large = frozenset(read.tensor for read, _, _ in self.elements if side_of(read) == "pair")
-        sides = needed_kernels(program, wanted) if n else frozenset()
-        self.kernels = ["attention_delta", *(f"attention_backward_{side}" for side in ("queries", "keys") if side in sides)]
+        self.kernels = backward_kernels(program, call.schedule, wanted) if n else ["attention_delta"]
 
 
 def places_of(call: Prepared, operands: Mapping[str, Tensor], wanted: frozenset[str]) -> _Places:

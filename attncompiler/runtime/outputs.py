@@ -29,3 +29,12 @@ def new_outputs(
     lse = value.new_empty((b, h, m), dtype=stats)
     rcp = value.new_empty((b, h, m) if program.has_rcp else (0,), dtype=stats)
     return o, lse, rcp
+
+
+def attention_outputs(shape: Sequence[int], value: Tensor, heads_first: bool) -> tuple[Tensor, Tensor]:
+    """O [b, h, q_idx, Dv] in the dtype of `value` and lse [b, h, q_idx] in float32 for this `shape` of b, h and q_idx, without values, on
+    its device."""
+    (b, h, m), d = shape, value.shape[-1]
+    strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
+    o = torch.empty_strided((b, h, m, d), strides, dtype=value.dtype, device=value.device)
+    return o, torch.empty((b, h, m), dtype=torch.float32, device=value.device)

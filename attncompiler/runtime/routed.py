@@ -13,6 +13,7 @@ from attncompiler.codegen.vectors import add_elements, poison_empty_heads, vecto
 from attncompiler.ir.expr import Q_IDX, Read
 from attncompiler.ir.program import Attention
 from attncompiler.passes.compact_rows import LENGTH, is_plain
+from attncompiler.runtime.outputs import attention_outputs
 from attncompiler.runtime.routed_layout import layout_of
 from attncompiler.runtime.rows import Rows, rows_of
 
@@ -22,12 +23,18 @@ class Routed:
 
     def __init__(
         self, program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], lists: Tensor | None = None,
-        count: Tensor | None = None,
+        count: Tensor | None = None, heads_first: bool = False,
     ) -> None:  # fmt: skip
         self.program, self.given = program, operands
         self.layout = layout_of(program, operands, sizes)
         self.compact = self.layout.compact
-        self.rows = rows_of(self._active()) if lists is None or count is None else Rows.of(lists, count)
+        self.outputs: tuple[Tensor, Tensor] | None = None  # O and lse of what is in no list, written as the lists are made
+        if lists is None or count is None:
+            if self.layout.takes_rows is not False:
+                self.outputs = attention_outputs(self.layout.shape, operands[program.sum.tensor], heads_first)
+            self.rows = rows_of(self._active(), self.outputs)
+        else:
+            self.rows = Rows.of(lists, count)
         self.sizes = {name: self.rows.length if name == LENGTH else sizes[name] for name in self.compact.program.sizes}
 
     def _active(self) -> Tensor:
@@ -69,11 +76,14 @@ def forward(
     """O, lse and rcp as docs/design.md defines them; and `for_backward`, where there is a gain, the rows that are left before it,
     [b, h, q_idx, Dv], of which those past the end of a list hold nothing; and the lists (Rows.lists) and their lengths. `lowering` runs
     the program over these rows."""
-    call = Routed(program, operands, sizes)
+    call = Routed(program, operands, sizes, heads_first=heads_first)
     compact, given, gain = call.compact.program, call.operands(), call.gain
     keeps_sums = for_backward and gain is not None
-    if call.rows.count.is_cuda and not call.layout.nan_if_empty and lowering.takes_rows(compact, given, call.sizes):
-        o, lse, summed = lowering.forward_by_list(compact, given, call.sizes, call.rows, gain, heads_first, keeps_sums)
+    if call.layout.takes_rows is None:
+        call.layout.takes_rows = lowering.takes_rows(compact, given, call.sizes)
+    if call.layout.takes_rows and call.outputs is not None:
+        o, lse = call.outputs
+        summed = lowering.forward_by_list(compact, given, call.sizes, call.rows, gain, o, lse, keeps_sums)
         return o, lse, o.new_empty(0, dtype=lse.dtype), summed, call.rows.lists, call.rows.count
     summed, lse, rcp = lowering.forward(compact, call.taken(given), call.sizes, True)
     o, lse = call.rows.put_vectors(summed, lse, gain, call.layout.nan_if_empty, heads_first)

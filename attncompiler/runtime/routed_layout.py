@@ -43,6 +43,8 @@ class RoutedLayout:
                 tensor = operands[read.tensor]
                 self._elements[read] = _seen(_across(read, tensor, self.extents).expand(self.shape), tensor)
         self._vectors: dict[Read, Vectors] = {}
+        # whether the kernel takes rows by list itself; what no kernel of the program does is known at the first call
+        self.takes_rows: bool | None = None if device.type == "cuda" and not self.nan_if_empty else False
         self._gradients: dict[Read, Vectors] = {}  # where gradients lie that cover an operand
         for _, read in self.compact.copies:
             tensor = operands[read.tensor]
@@ -117,7 +119,7 @@ _MOST = 1024  # remembered; a serving process with ever new lengths must not gro
 def layout_of(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> RoutedLayout:
     """What is known for operands of this layout; made on the first call."""
     device = operands[program.sum.tensor].device
-    key = (program, *sizes.values(), device, *[(t.shape, t.stride(), t.dtype) for t in operands.values()])
+    key = (program, *sizes.values(), device, *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in operands.values()])
     found = _LAYOUTS.get(key)
     if found is None:
         if len(_LAYOUTS) >= _MOST:

@@ -38,7 +38,24 @@ def run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None]
 
 
 @triton.jit
-def _list_rows(Active, Index, Count, Place, H, M, stride_b, stride_h, stride_m, BLOCK: tl.constexpr):
+def _list_rows(Active, Index, Count, Place, O, Lse, H, M, D, PAIRS, stride_b, stride_h, stride_m, o_b, o_h, o_m,
+               BLOCK: tl.constexpr, WRITES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    """One program lists the queries of a batch and head. The others, which run beside these, write what ROWS queries give that are in
+    no list."""
+    if WRITES and tl.program_id(0) >= PAIRS:
+        tiles = tl.cdiv(M, ROWS)
+        pair = (tl.program_id(0) - PAIRS) // tiles
+        b = (pair // H).to(tl.int64)
+        h = (pair % H).to(tl.int64)
+        query = (tl.program_id(0) - PAIRS) % tiles * ROWS + tl.arange(0, ROWS)
+        at = Active + b * stride_b + h * stride_h + query.to(tl.int64) * stride_m
+        absent = tl.load(at, mask=query < M, other=1) == 0
+        tl.store(Lse + pair.to(tl.int64) * M + query, float("-inf"), mask=absent)
+        channels = tl.arange(0, CHANNELS)
+        rows = O + b * o_b + h * o_h + query.to(tl.int64)[:, None] * o_m + channels[None, :]
+        nothing = tl.zeros([ROWS, CHANNELS], O.dtype.element_ty)
+        tl.store(rows, nothing, mask=absent[:, None] & (channels[None, :] < D))
+        return
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
     lists = tl.program_id(0).to(tl.int64) * M
@@ -59,17 +76,23 @@ def _list_rows(Active, Index, Count, Place, H, M, stride_b, stride_h, stride_m, 
         tl.store(Index + lists + place, tl.zeros([BLOCK], tl.int32) + last, mask=(place >= found) & (place < M))
 
 
-def list_rows(active: Tensor) -> tuple[Tensor, Tensor]:
-    """The lists [2, b, h, q_idx] of `active`, bool [b, h, q_idx], index and places, and their lengths [b, h]; int32."""
+def list_rows(active: Tensor, outputs: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The lists [2, b, h, q_idx] of `active`, bool [b, h, q_idx], index and places, and their lengths [b, h]; int32. `outputs`: O
+    [b, h, q_idx, D] with dense channels, and lse [b, h, q_idx]; those of queries in no list become 0 and -inf."""
     b, h, m = active.shape
     lists = torch.empty((2, b, h, m), dtype=torch.int32, device=active.device)
     index, place = lists
     count = torch.empty((b, h), dtype=torch.int32, device=active.device)
     if active.numel():
-        strides = dict(zip(("stride_b", "stride_h", "stride_m"), active.stride(), strict=True))
-        tensors = {"Active": active.view(torch.uint8), "Index": index, "Count": count, "Place": place}
+        o, lse = outputs or (None, None)
+        d = 1 if o is None else o.shape[3]
+        strides = dict(zip(("stride_b", "stride_h", "stride_m"), active.stride(), strict=True)) | _strides("o", _or_none(o)[:3])
+        tensors = {"Active": active.view(torch.uint8), "Index": index, "Count": count, "Place": place, "O": o, "Lse": lse}
         block = min(_LISTED, 1 << (m - 1).bit_length())
-        run(_list_rows, (b * h, 1), tensors, {"H": h, "M": m, **strides, "BLOCK": block}, num_warps=max(1, min(block // 256, 16)))
+        warps = max(1, min(block // 512, 8))
+        constants = {"H": h, "M": m, "D": d, "PAIRS": b * h, **strides, "BLOCK": block, "WRITES": o is not None, **tile_of(d)}
+        programs = b * h * (1 if o is None else 1 + -(-m // ROWS))
+        run(_list_rows, (programs, 1), tensors, constants, num_warps=warps)
     return lists, count
 
 

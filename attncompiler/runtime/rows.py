@@ -99,10 +99,10 @@ class Rows:
         return taken if gain is None else (taken * self.take(gain)[..., None]).to(grad.dtype), self.take(lse)
 
 
-def rows_of(active: Tensor) -> Rows:
-    """The lists of `active`, bool [b, h, q_idx]."""
+def rows_of(active: Tensor, outputs: tuple[Tensor, Tensor] | None = None) -> Rows:
+    """The lists of `active`, bool [b, h, q_idx]. `outputs`: on a GPU O and lse, where those of queries in no list are written."""
     if active.is_cuda:
-        return Rows.of(*row_kernels.list_rows(active))
+        return Rows.of(*row_kernels.list_rows(active, outputs))
     number = active.cumsum(2, dtype=torch.int32)
     m = active.shape[2]
     count = number[..., -1].contiguous() if m else number.new_zeros(active.shape[:2])

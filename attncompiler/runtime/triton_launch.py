@@ -16,7 +16,8 @@ from attncompiler.ir.expr import Const
 from attncompiler.ir.program import Attention
 from attncompiler.runtime.gradients import Gradients, pair_bytes, places_of, room
 from attncompiler.runtime.launch import describable
-from attncompiler.runtime.prepared import Prepared, prepare
+from attncompiler.runtime.outputs import attention_outputs
+from attncompiler.runtime.prepared import prepare
 from attncompiler.runtime.rows import Rows
 from attncompiler.tuning.schedule import choose_schedule
 from attncompiler.tuning.target import TARGETS
@@ -42,23 +43,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp, as docs/design.md defines them."""
     call = prepare(program, operands, sizes)
-    o, lse = _outputs(call, operands, heads_first)
+    shape = tuple(call.extents[axis] for axis in ("b", "h", "q_idx"))
+    o, lse = attention_outputs(shape, operands[program.sum.tensor], heads_first)
     rcp = torch.empty_like(lse) if program.has_rcp else call.no_rcp
     if o.numel() == 0:
         return o, lse, rcp
     tensors = {**call.pointers(operands), "O": o, "Lse": lse, "Rcp": rcp}
     call.run("attention_forward", heads_first, tensors, operands, lambda: (Layout(call.groups, frozenset()), _strides("o", o)))
     return o, lse, rcp
-
-
-def _outputs(call: Prepared, operands: Mapping[str, Tensor], heads_first: bool) -> tuple[Tensor, Tensor]:
-    """O and lse, with nothing in them."""
-    b, h, m = (call.extents[axis] for axis in ("b", "h", "q_idx"))
-    value = operands[call.program.sum.tensor]
-    d = value.shape[-1]
-    strides = (h * m * d, m * d, d, 1) if heads_first else (h * m * d, d, h * d, 1)
-    o = torch.empty_strided((b, h, m, d), strides, dtype=value.dtype, device=value.device)
-    return o, torch.empty((b, h, m), dtype=torch.float32, device=value.device)
 
 
 def takes_rows(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
@@ -68,25 +60,24 @@ def takes_rows(program: Attention, operands: Mapping[str, Tensor], sizes: Mappin
 
 
 def forward_by_list(
-    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], rows: Rows, gain: Tensor | None, heads_first: bool,
+    program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], rows: Rows, gain: Tensor | None, o: Tensor, lse: Tensor,
     keeps_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `forward`, where `takes_rows`: row i of a list is the query at its place i, whose vector is read, and O and lse written, where
-    queries lie. O is multiplied by `gain` [b, h, q_idx]. Queries in no list get O = 0 and lse = -inf. Returns O, lse and what O was
-    before its gain, [b, h, q_idx, Dv] in the order of the lists, or nothing unless `keeps_sums`."""
+) -> Tensor:  # fmt: skip
+    """As `forward`, where `takes_rows`: row i of a list is the query at its place i, whose vector is read, and whose O and lse are written,
+    where queries lie; the others stay as they are. O is multiplied by `gain` [b, h, q_idx]. Returns what O was before its gain,
+    [b, h, q_idx, Dv] in the order of the lists, or nothing unless `keeps_sums`."""
     call = prepare(program, operands, sizes)
-    o, lse = _outputs(call, operands, heads_first)
     summed = torch.empty(o.shape if keeps_sums else 0, dtype=o.dtype, device=o.device)
-    lists = {"Index": rows.index, "Place": rows.place, "Count": rows.count}
+    lists = {"Index": rows.index, "Count": rows.count}
     tensors = {**call.pointers(operands), "O": o, "Lse": lse, "Summed": summed, **lists}
     strides = _strides("o", o)
     if gain is not None:
         tensors["Gain"] = gain
         strides |= dict(zip(("stride_gain_b", "stride_gain_h", "stride_gain_m"), gain.stride(), strict=True))
     layout = Layout(call.groups, frozenset(), by_list=ByList(gain is not None, keeps_sums))
-    variant = heads_first, layout.by_list, None if gain is None else (gain.dtype, gain.stride())
+    variant = o.stride(), layout.by_list, None if gain is None else (gain.dtype, gain.stride())
     call.run("attention_forward", variant, tensors, operands, lambda: (layout, strides))
-    return o, lse, summed
+    return summed
 
 
 def _strides(name: str, tensor: Tensor) -> dict[str, int]:
@@ -115,17 +106,19 @@ def backward(
         )
         found = portable.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, large)
         return found | backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted - large)
-    if call.schedule.descriptors and not describable(grad_o):
-        grad_o = grad_o.contiguous()
-    delta, reference = torch.empty((2, *lse.shape), dtype=torch.float32, device=o.device)
+    if call.schedule.descriptors:
+        o, grad_o = (x if describable(x) else x.contiguous() for x in (o, grad_o))
+    rows = -(-lse.numel() // 4) * 4  # tensors begin where 16 bytes do
+    memory = torch.zeros(2 * rows + 2, dtype=torch.float32, device=o.device)  # of rows that no kernel takes, delta is 0
+    delta, reference = (memory[rows * place :][: lse.numel()].view(lse.shape) for place in range(2))
     tensors = {**call.pointers(operands), "O": o, "DO": grad_o, "Lse": lse, "Rcp": rcp, "Delta": delta, "Reference": reference}
     if call.schedule.warp_roles:
-        tensors["NextRow"] = torch.empty(2, dtype=torch.int32, device=o.device)
+        tensors["NextRow"] = memory[2 * rows :].view(torch.int32)
     if grad_lse is not None:
         tensors["DLse"] = grad_lse.contiguous()
     sums = Gradients(call, operands, wanted, places)
     tensors |= sums.tensors
-    variant = (wanted, grad_lse is None, grad_o.stride())
+    variant = (wanted, grad_lse is None, o.stride(), grad_o.stride())
 
     def describe() -> tuple[Layout, Mapping[str, int]]:
         layout = Layout(call.groups, wanted, grad_lse is not None, places.described)

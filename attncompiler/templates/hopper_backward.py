@@ -26,8 +26,9 @@ def _load_{side}({streamed}, stream, at, sizes, statistics, slot, phase):
 
 
 @gluon.jit
-def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, sizes, statistics):
+def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, items, sizes, statistics):
     first_held, second_held, held_ready, held_free = held
+    {unpack_rings}
     words, row_ready, row_free = messages
     item, last, step, shares{queue} = items
     H, M, N = sizes
@@ -57,6 +58,7 @@ def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, siz
                     mbarrier.expect(loaded, {held_bytes})
                     tma.async_copy_global_to_shared({first_held}, [{first_held_at}, 0], loaded, first_held.index(at))
                     tma.async_copy_global_to_shared({second_held}, [{second_held_at}, 0], loaded, second_held.index(at))
+                {load_outputs}
             {every_tile}
         {next_item}
         place += 1
@@ -66,6 +68,31 @@ def _loads_{side}({held}, {streamed}, held, stream, messages, tables, items, siz
 '''
 
 LOAD_TILE = "slot, phase = _load_{side}({streamed}, stream, (b, h, tile{origin_names}), sizes, statistics, slot, phase)"
+
+# O of the rows that stay comes before their first tile, through the ring: half in the place of either side.
+LOAD_OUTPUTS = """
+mbarrier.wait(free.index(slot), phase)
+mbarrier.expect(ready.index(slot), 2 * O.block_type.nbytes)
+first_half = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout)
+tma.async_copy_global_to_shared(O, [{first_half_at}, 0], ready.index(slot), first_half)
+second_half = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout)
+tma.async_copy_global_to_shared(O, [{second_half_at}, 0], ready.index(slot), second_half)
+slot, phase = _next_slot(slot, phase, {stages})
+"""
+
+MAKE_DELTA = """
+BY_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // {d}, {d} // 8], [4, 1], [1, 0])
+mbarrier.wait(ready.index(slot), phase)
+if PART == 0:
+    o = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
+else:
+    o = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
+along = o.to(gl.float32) * second.load(BY_ROWS).to(gl.float32)
+mbarrier.arrive(free.index(slot))
+slot, phase = _next_slot(slot, phase, {stages})
+delta = gl.convert_layout(gl.sum(along, 1), gl.SliceLayout(1, SCORES))
+{store_delta}
+"""
 
 # The loading warp reads what the kernel for keys needs to know of each query, and lays it beside the query's tile.
 LOAD_STATISTICS = """
@@ -200,7 +227,7 @@ def {kernel}({parameters}):
         [
             (_rows_{side}, (held, stream, messages, tables, operands, 0)),
             (_rows_{side}, (held, stream, messages, tables, operands, 1)),
-            (_loads_{side}, ({held}, {streamed}, held, stream, messages, tables, items, (H, M, N), {statistics})),
+            (_loads_{side}, ({held}, {streamed}{outputs}, held, stream, messages, tables, items, (H, M, N), {statistics})),
         ],
         [4, 1],
         [240, 24],

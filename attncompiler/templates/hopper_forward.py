@@ -104,7 +104,6 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands{by_list}, GROUP: gl
         {extra_scores}
         rcp = 1.0 / {denominator}
         out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
-        q_buffer.reshape([64, {d}]).store(out.to({dtype}))
         lse = (m_i + gl.log2(l_i)) * {ln2}
         {store}
         turn += 1
@@ -263,6 +262,7 @@ for group in gl.static_range(2):
 """
 
 STORE = """
+q_buffer.reshape([64, {d}]).store(out.to({dtype}))
 fence_async_shared()
 tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
 gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, lse, mask=q_idx < M)

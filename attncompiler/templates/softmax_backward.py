@@ -28,13 +28,6 @@ def attention_delta({parameters}):
     do = tl.load(DO + at_do + channels[None, :] * stride_do_d, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, 1)
     {store_delta}
-    {no_tickets}
-"""
-
-# The kernels that come after ask for their rows in turn.
-NO_TICKETS = """
-if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-    tl.store(NextRow + tl.arange(0, 2), 0)
 """
 
 MAKE_REFERENCE = """

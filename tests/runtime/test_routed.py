@@ -289,6 +289,18 @@ def test_the_kernels_that_move_rows(nan_if_empty: bool, dtype: torch.dtype) -> N
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize(("m", "d"), [(150, 24), (300, 128)])
+def test_lists_come_with_what_queries_in_none_give(m: int, d: int) -> None:
+    active = torch.rand(2, m, 3).transpose(1, 2) > 0.4
+    active[0, 1], active[1, 2] = False, True
+    o, lse = torch.full((2, m, 3, d), 7.0, dtype=torch.bfloat16).transpose(1, 2), torch.full((2, 3, m), 7.0)
+    expected = row_kernels.list_rows(active)
+    assert all(torch.equal(x, y) for x, y in zip(row_kernels.list_rows(active, (o, lse)), expected, strict=True))
+    assert torch.equal(o, (active * 7.0).to(o.dtype)[..., None].expand(o.shape))
+    assert torch.equal(lse, torch.where(active, 7.0, -torch.inf))
+
+
+@pytest.mark.interpreted
 def test_rows_past_the_end_are_left_but_for_a_tile() -> None:
     """Where nothing reads them; the values of what is left are whatever the memory held."""
     active = torch.arange(700).expand(1, 2, 700) < torch.tensor([[[0], [257]]])
