@@ -14,7 +14,7 @@ from attncompiler.backend import compile_or_leave
 from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit import emit
 from attncompiler.explanation import Explanation, Missed, Region
-from attncompiler.ir.expr import TRUE
+from attncompiler.ir.expr import ONE, TRUE
 from attncompiler.ir.phase_text import program_text
 from attncompiler.ir.program import Attention, Route
 from attncompiler.ir.text import expr_text
@@ -109,11 +109,12 @@ def _region(site: Site) -> Region:
 
 
 def _route_note(site: Site) -> str:
-    gain, share = expr_text(site.program.route.gain), site.active_share
+    route, share = site.program.route, site.active_share
+    what = "switched" if route.gain == ONE else f"routed by {expr_text(route.gain)}"
     many = f"{share:.3g} of queries and heads" if share < 1.0 else "how many is known at run time"
     counted = "; tiles visited counts these, predicted ms all" if share < 1.0 else ""
     return (
-        f"heads are routed by {gain}: one that is off for a query is not computed, forward or backward. Expected to be on: {many}"
+        f"heads are {what}: one that is off for a query is not computed, forward or backward. Expected to be on: {many}"
         f"{counted}. Of each head the queries that use it are taken together; keys and values are those of all"
     )
 

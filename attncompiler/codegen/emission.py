@@ -363,10 +363,9 @@ def backward_kernels(program: Attention, schedule: Schedule, wanted: frozenset[s
     its way, as long as that is rowsum(O * dO)."""
     sides = needed_kernels(program, wanted)
     alone = not schedule.warp_roles or schedule.delta_over_keys or "queries" not in sides
-    return [
-        *(["attention_delta"] if sides and alone else []),
-        *(f"attention_backward_{side}" for side in sorted(sides, reverse=True)),
-    ]
+    of_extra = any(read.tensor in wanted for expr in program.weigh.extra for read in reads_of(expr))  # torch makes these of delta
+    found = ["attention_delta"] if (sides or of_extra) and alone else []
+    return found + [f"attention_backward_{side}" for side in sorted(sides, reverse=True)]
 
 
 def parameters_of(e: Emission, kernel: str) -> list[str]:

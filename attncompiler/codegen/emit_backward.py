@@ -283,10 +283,10 @@ def row_statistics(e: Emission) -> tuple[str, str]:
     guard, zero = "", ""
     if e.program.keep.predicate != TRUE and e.program.keep.empty is not Empty.SCORE:
         guard = (
-            'empty = reference == float("-inf")  # no key is kept: no weight, and no gradient of any score\n'
-            'reference = tl.where(empty, float("inf"), reference)'
+            "# no key is kept: no weight, and no gradient of any score\n"
+            'reference = tl.where(reference == float("-inf"), float("inf"), reference)'
         )
-        zero = "delta = tl.where(empty, 0.0, delta)"
+        zero = 'delta = tl.where(reference == float("inf"), 0.0, delta)'
     reference = fill(softmax_backward.MAKE_REFERENCE, lse=lse, guard_empty=guard)
     subtract = "delta -= tl.load(DLse + rows, mask=q_idx < M, other=0.0)" if e.layout.has_grad_lse else ""
     return reference, fill(softmax_backward.STORE_DELTA, subtract_grad_lse=subtract, guard_empty=zero)
@@ -297,7 +297,7 @@ def delta_source(e: Emission) -> str:
     parameters = signature(parameters_of(e, "delta"))
     if not e.schedule.delta_over_keys:
         unread = e.program.keep.empty is Empty.UNREAD
-        pass_empty = "inside = inside & ~empty[:, None]  # nothing wrote these rows" if unread else ""
+        pass_empty = 'inside = inside & (reference != float("inf"))[:, None]  # nothing wrote these rows' if unread else ""
         holes = {"make_reference": reference, "store_delta": store, "pass_empty": pass_empty}
         text = fill(softmax_backward.DELTA, parameters=parameters, **holes)
         return text.replace("BLOCK_DV", str(e.value.block)).replace("DV)", f"{e.value.size})")

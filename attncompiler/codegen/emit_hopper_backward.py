@@ -210,11 +210,12 @@ class _Side:
             outstanding="1" if self._values() else "0",
             gradients="\n".join(gradients),
         )
-        test = self.test
-        if test.may:
-            products = fill(hopper_backward.WHERE_NEEDED, bounds=test.lines, may=test.may, products=products)
+        needed = ""
+        if self.test.may:
+            needed = fill(hopper_backward.NEEDED, bounds=self.test.lines, may=self.test.may)
+            products = fill(hopper_backward.WHERE_NEEDED, products=products)
         positions = self._positions("within", held=False)
-        return fill(hopper_backward.TILE, moving_positions=positions, reads="\n".join(reads), products=products)
+        return fill(hopper_backward.TILE, moving_positions=positions, reads="\n".join(reads), needed=needed, products=products)
 
     def _weights(self, names: Names, masked: bool) -> str:
         """What makes the weights of a tile from its products."""

@@ -200,7 +200,7 @@ TABLES = frozenset(
     {*_RANGES, "Order", "NextRow", "Shares", "Queue", "Origins"}
 )  # parameters that tell a kernel which tiles to visit
 _PARAMETERS = TABLES | {
-    "B", "H", "M", "N", "O", "DO", "Lse", "Rcp", "Delta", "Reference", "DLse", "Windows", "Work", "Index", "Place", "Count", "Gain",
+    "B", "H", "M", "N", "O", "DO", "Lse", "Rcp", "Delta", "Reference", "DLse", "Windows", "Work", "Index", "Count", "Gain",
     "Summed",
 }  # fmt: skip
 

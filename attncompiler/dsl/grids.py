@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attncompiler.dsl.masks import Counted, Mask, make_rule
 from attncompiler.dsl.segments import segments
+from attncompiler.dsl.sequences import whole
 from attncompiler.dsl.term import Positions, equal, larger, smaller
 from attncompiler.errors import OptionError
 from attncompiler.ir.expr import KV_IDX, Q_IDX
@@ -25,9 +26,7 @@ def grid(
 
     For each axis: `window` keys around the query, shifted at the borders and never shrunk; `stride` queries share the window of
     their leader; with `dilation` each residue class is a grid of its own; `causal` windows end at the query."""
-    sizes = tuple(shape)
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise OptionError(f"a grid of {sizes}: one to three axes of one token or more")
+    sizes = _axes_of(shape, "grid")
     each = [_for_each_axis(value, len(sizes), name) for value, name in (
         (window, "window"), (stride, "stride"), (dilation, "dilation"), (causal, "causal"))]  # fmt: skip
     axes: list[tuple[int, int, int, int, int, bool]] = []
@@ -90,19 +89,31 @@ def _axis_run(i: Any, length: int, w: int, s: int, d: int, causal: bool) -> tupl
 
 
 def _for_each_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:
-    if isinstance(value, bool | int):
-        return (value,) * axes
-    if len(value) != axes:
-        raise OptionError(f"{name} has {len(value)} numbers for {axes} axes")
-    return tuple(value)
+    found = (value,) * axes if not isinstance(value, Sequence) else tuple(value)
+    for number in found:
+        whole("grid", **{name: number})
+    if len(found) != axes:
+        raise OptionError(f"{name} has {len(found)} numbers for {axes} axes")
+    return found
+
+
+def _axes_of(shape: Any, rule: str) -> tuple[int, ...]:
+    """The lengths of the axes of a grid."""
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    for size in sizes:
+        whole(rule, shape=size)
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise OptionError(f"{rule} of {sizes}: one to three axes of one token or more")
+    return sizes
 
 
 def halo(shape: Sequence[int], block: int, halo: int) -> Mask:
     """HaloNet: a grid in blocks of `block` tokens a side; each query sees its block and `halo` tokens around it, within the grid.
 
     Where HaloNet pads the border with zeros and lets these take part, this leaves them out."""
-    sizes = tuple(shape)
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1 or block < 1 or halo < 0:
+    sizes = _axes_of(shape, "halo")
+    whole("halo", block=block, halo=halo)
+    if block < 1 or halo < 0:
         raise OptionError(f"halo({sizes}, {block}, {halo}) has a size that can't be")
     axes = [(math.prod(sizes[axis + 1 :]), length) for axis, length in enumerate(sizes)]
 
@@ -176,8 +187,12 @@ def disc(shape: Sequence[int], radius: int, text: int = 0) -> Mask:
     """CLEAR: image tokens on a grid [rows, columns] nearer than `radius` (strictly, Euclidean).
 
     `text` tokens come first; they see all and are seen by all."""
-    rows, columns = shape
-    if min(rows, columns, radius) < 1 or text < 0:
+    sizes = _axes_of(shape, "disc")
+    whole("disc", radius=radius, text=text)
+    if len(sizes) != 2:
+        raise OptionError(f"disc of {sizes}", do="give the grid as (rows, columns)")
+    rows, columns = sizes
+    if radius < 1 or text < 0:
         raise OptionError(f"disc({(rows, columns)}, {radius}, {text}) has a size below 1")
 
     def kept(p: Positions) -> Any:

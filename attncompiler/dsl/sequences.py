@@ -21,12 +21,14 @@ def full() -> Mask:
 
 def causal(offset: int = 0) -> Mask:
     """Keys up to the query's own position, kv_idx <= q_idx + offset. With a cache of n keys before the queries: offset n."""
+    whole("causal", offset=offset)
     return make_rule(f"causal({offset or ''})", lambda p: p.k <= p.q + offset)
 
 
 def window(left: int, right: int | None = None) -> Mask:
     """`left` keys before the query, itself, and `right` (default: as many) after it."""
     right = left if right is None else right
+    whole("window", left=left, right=right)
     if min(left, right) < 0:
         raise OptionError(f"a window of {left} and {right} keys has a negative side")
     return make_rule(f"window({left}, {right})", lambda p: (p.k >= p.q - left) & (p.k <= p.q + right))
@@ -34,6 +36,7 @@ def window(left: int, right: int | None = None) -> Mask:
 
 def sink(count: int) -> Mask:
     """The first `count` keys."""
+    whole("sink", count=count)
     return make_rule(f"sink({count})", lambda p: p.k < count)
 
 
@@ -60,6 +63,7 @@ def document(
     if sum(given) != 1:
         raise OptionError("document takes one of ids, cu_seqlens, lengths and every")
     if every is not None:
+        whole("document", every=every)
         if every < 1:
             raise OptionError(f"documents of {every} tokens")
         return make_rule(f"document(every={every})", lambda p: equal(p.q // every, p.k // every))
@@ -71,8 +75,7 @@ def document(
         ends = _integers(cu_seqlens, "cu_seqlens", 1)
         places = torch.arange(int(ends[-1]), device=ends.device, dtype=ends.dtype)
         ids, formula = torch.searchsorted(ends, places, right=True).to(torch.int32), "document(cu_seqlens)"
-    assert ids is not None
-    if ids.dim() == 2:
+    if _tensor(ids, "ids").dim() == 2:
         two = _integers(ids, "ids", 2)
         return _of_batches("document(ids)", lambda p: equal(p.captured["doc"][p.b, p.q], p.captured["doc"][p.b, p.k]), doc=two)
     one = _integers(ids, "ids", 1)
@@ -81,7 +84,7 @@ def document(
 
 def regions(labels: Tensor) -> Mask:
     """RAT: keys of the query's own region. `labels`: int [N] or [B, N], in any order."""
-    if labels.dim() == 2:
+    if _tensor(labels, "labels").dim() == 2:
         two = _integers(labels, "labels", 2)
         return _of_batches(
             "regions(labels)", lambda p: equal(p.captured["label"][p.b, p.q], p.captured["label"][p.b, p.k]), label=two
@@ -92,6 +95,7 @@ def regions(labels: Tensor) -> Mask:
 
 def dilated(reach: int, dilation: int) -> Mask:
     """Every `dilation`-th key, `reach` of them on either side of the query."""
+    whole("dilated", reach=reach, dilation=dilation)
     if reach < 0 or dilation < 1:
         raise OptionError(f"dilated({reach}, {dilation}): reach must be 0 or more, dilation 1 or more")
     reached = reach * dilation
@@ -106,11 +110,12 @@ def blocks(size: int, pattern: Tensor | None = None) -> Mask:
     """Blocks of `size` tokens: those on the diagonal, or those that `pattern` marks.
 
     `pattern`: bool [query blocks, key blocks], or [heads, query blocks, key blocks]."""
+    whole("blocks", size=size)
     if size < 1:
         raise OptionError(f"blocks of {size} tokens")
     if pattern is None:
         return make_rule(f"blocks({size})", lambda p: equal(p.q // size, p.k // size))
-    if pattern.dtype != torch.bool or pattern.dim() not in (2, 3):
+    if not isinstance(pattern, Tensor) or pattern.dtype != torch.bool or pattern.dim() not in (2, 3):
         raise OptionError("the pattern of blocks is bool [query blocks, key blocks] or [heads, query blocks, key blocks]")
 
     def kept(p: Positions) -> Any:
@@ -129,6 +134,7 @@ def strided(
 
     `heads` query heads share `kv_heads` shards, the last `dense_heads` of which see all. Not causal, stripes are relative to the
     window and the same for all heads."""
+    whole("strided", block=block, local=local, stride=stride, heads=heads, dense_heads=dense_heads, offset=offset)
     if min(block, local, stride, heads) < 1:
         raise OptionError("strided: block, local, stride and heads must be 1 or more")
     formula = f"strided(block={block}, local={local}, stride={stride}, heads={heads})"
@@ -157,7 +163,21 @@ def _of_batches(formula: str, kept: Callable[[Positions], Any], **captured: Tens
     return Sized(make_rule(formula, kept, **captured), {B: tensor.shape[0]})
 
 
-def _integers(tensor: Tensor, what: str, rank: int) -> Tensor:
+def whole(rule: str, **numbers: object) -> None:
+    """Raises: OptionError for what is no integer."""
+    for name, value in numbers.items():
+        if not isinstance(value, int | torch.SymInt):
+            raise OptionError(f"{rule}: {name} is {value!r}", do="give a whole number")
+
+
+def _tensor(value: object, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise OptionError(f"{what} is {value!r}", do="give a tensor of integers, on the device of q")
+    return value
+
+
+def _integers(value: object, what: str, rank: int) -> Tensor:
+    tensor = _tensor(value, what)
     if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.dim() != rank:
         raise OptionError(
             f"{what} must be integers with {rank} dimension{'s' * (rank > 1)}, not {tensor.dtype} {tuple(tensor.shape)}"

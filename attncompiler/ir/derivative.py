@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from attncompiler.ir.expr import Apply, Const, Expr, apply
+from attncompiler.ir.expr import Apply, Axis, Const, Expr, Size, apply
 
 _ONE, _ZERO = Const(1.0), Const(0.0)
 
@@ -82,7 +82,17 @@ def derivative(expr: Expr, wrt: Expr) -> Expr:
 def _times(left: Expr, right: Expr) -> Expr:
     if _ZERO in (left, right):
         return _ZERO
+    left, right = (apply("to_float", side) if _is_integer(side) else side for side in (left, right))
     return right if left == _ONE else left if right == _ONE else apply("mul", left, right)
+
+
+def _is_integer(expr: Expr) -> bool:
+    """True for arithmetic on positions and sizes: a number times such integers has torch's default precision, not that of the work."""
+    if isinstance(expr, Apply):
+        return expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "minimum", "maximum", "abs") and all(
+            map(_is_integer, expr.args)
+        )
+    return isinstance(expr, Axis | Size) or (isinstance(expr, Const) and type(expr.value) is int)
 
 
 def _plus(left: Expr, right: Expr) -> Expr:

@@ -73,13 +73,13 @@ def _same_zeros(node: Node, build: Builder, steps: int) -> Node | None:
 
 def _scatter(node: Node, build: Builder, steps: int) -> Node | None:
     base, dim, index = (argument(node, place, name) for place, name in enumerate(("self", "dim", "index")))
-    if not isinstance(base, Node) or not _is_zero(base):
+    if not isinstance(base, Node) or not is_zero(base):
         return None
     empty = build(aten.zeros_like.default, base, dtype=torch.bool)
     return build(aten.scatter.value, empty, dim, index, True)
 
 
-def _is_zero(value: object) -> bool:
+def is_zero(value: object) -> bool:
     """True for 0, and for a tensor that is 0 everywhere."""
     if not isinstance(value, Node):
         return isinstance(value, bool | int | float) and value == 0
@@ -87,8 +87,8 @@ def _is_zero(value: object) -> bool:
     if name in ("zeros", "zeros_like", "new_zeros"):
         return True
     if name in ("full", "full_like", "new_full", "scalar_tensor"):
-        return _is_zero(argument(value, 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1, "fill_value", 1))
-    return name in ("to", "_to_copy", "expand", "clone") and _is_zero(value.args[0])
+        return is_zero(argument(value, 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1, "fill_value", 1))
+    return name in ("to", "_to_copy", "expand", "clone") and is_zero(value.args[0])
 
 
 def _cat(node: Node, build: Builder, steps: int) -> Node | None:
@@ -166,14 +166,14 @@ def _div(node: Node, build: Builder, steps: int) -> Node | None:
 def _where(node: Node, build: Builder, steps: int) -> Node | None:
     condition, yes, no = node.args[:3]
     assert isinstance(condition, Node)
-    if _is_zero(no):
+    if is_zero(no):
         return condition
-    return build(aten.logical_not.default, condition) if _is_zero(yes) else None
+    return build(aten.logical_not.default, condition) if is_zero(yes) else None
 
 
 def _masked_fill(node: Node, build: Builder, steps: int) -> Node | None:
     mask, value = node.args[1:3]
-    return build(aten.logical_not.default, mask) if _is_zero(value) else None
+    return build(aten.logical_not.default, mask) if is_zero(value) else None
 
 
 def _softmax(node: Node, build: Builder, steps: int) -> Node | None:
@@ -189,6 +189,6 @@ def _softmax(node: Node, build: Builder, steps: int) -> Node | None:
 
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("to", "_to_copy", "type_as", "detach", "neg"), _same_zeros),
-    "scatter": _scatter, "cat": _cat, "mul": _mul, "div": _div, "where": _where, "masked_fill": _masked_fill,
+    "scatter": _scatter, "scatter_add": _scatter, "cat": _cat, "mul": _mul, "div": _div, "where": _where, "masked_fill": _masked_fill,
     "softmax": _softmax, "einsum": _einsum,
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """An attention's output times a gate that is 0 by construction where a head is off -> the clause `route`.
 
 o.transpose(1, 2) * gates[..., None]        gates: zeros.scatter(-1, chosen, 1.0), times what they weigh
+torch.where(on[..., None], o, 0)            or o.masked_fill(off, 0): no number is multiplied
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import torch
 from torch.fx import Graph, Node
 
 from attncompiler.ir.evaluate import integer
-from attncompiler.ir.expr import Q_IDX, ZERO, Axis, B, Expr, H, Read
+from attncompiler.ir.expr import ONE, Q_IDX, ZERO, Axis, B, Expr, H, Read
 from attncompiler.ir.program import Route, TensorDecl
 from attncompiler.ir.verify import verify
 from attncompiler.passes.active_share import active_share
-from attncompiler.passes.activity import Builder, activity, spread_einsum
+from attncompiler.passes.activity import Builder, activity, is_zero, spread_einsum
 from attncompiler.passes.elementwise import base_name
 from attncompiler.passes.memory import memory_root, writes
 from attncompiler.passes.nodes import DTYPES, PERMUTES, Operand, dtype_of, shape_of
@@ -30,11 +31,13 @@ _FEWEST_KEYS = {"cuda": 1024, "cpu": 128}
 
 @dataclass(frozen=True)
 class _Gated:
-    """`node` is O times `gate`; both have O's dimensions, in the order `order` of [b, h, q_idx, channel]."""
+    """`node` is O times `gate`, or O where the bool `gate` is `on`, else 0; all have O's dimensions, in the order `order` of
+    [b, h, q_idx, channel]."""
 
     node: Node
     gate: Node
     order: tuple[int, ...]
+    on: bool | None = None  # None for a gate that multiplies
 
 
 def lift_route(graph: Graph, site: Site) -> Site:
@@ -46,19 +49,20 @@ def lift_route(graph: Graph, site: Site) -> Site:
     if gated is None or gated.node.meta["val"].dtype != site.output.meta["val"].dtype:
         return site
     build = Builder(graph, gated.node)
-    active = activity(gated.gate, build)
+    active = activity(gated.gate, build) if gated.on is None else _switched(gated, build)
     if active is None or _changes_in_place(graph, gated):
         return site
     program, operands = site.program, list(site.operands)
     decls, reads = list(program.tensors), []
-    for wish, node in (("gate", gated.gate), ("active", active)):
+    for wish, node in (*((("gate", gated.gate),) if gated.on is None else ()), ("active", active)):
         shown, index = _element(node, gated.order, build)
         taken = {decl.name for decl in decls}
         name = next(n for i in range(1, len(taken) + 2) if (n := wish if i == 1 else f"{wish}{i}") not in taken)
         decls.append(TensorDecl(name, DTYPES[dtype_of(shown)], tuple(size_expr(size) for size in shape_of(shown))))
         operands.append(Operand(shown))
         reads.append(Read(name, index))
-    routed = verify(replace(program, tensors=tuple(decls), route=Route(active=reads[1], gain=reads[0])))
+    gain = reads[0] if gated.on is None else ONE
+    routed = verify(replace(program, tensors=tuple(decls), route=Route(active=reads[-1], gain=gain)))
     return replace(
         site,
         output=gated.node,
@@ -68,6 +72,16 @@ def lift_route(graph: Graph, site: Site) -> Site:
         active_share=active_share(active),
         sizes=size_values(graph, routed.sizes),
     )
+
+
+def _switched(gated: _Gated, build: Builder) -> Node | None:
+    """Where O is kept, if that differs from head to head or is known to be rare: most queries that are not padding are on, and taking
+    them together would cost more than it saves."""
+    active = gated.gate if gated.on else build(torch.ops.aten.logical_not.default, gated.gate)
+    shape = shape_of(active)
+    of_heads = gated.order.index(1) - (4 - len(shape))
+    differs = of_heads >= 0 and not same(shape[of_heads], 1)
+    return active if differs or active_share(active) < 1 else None
 
 
 def _in_order(site: Site) -> bool:
@@ -100,18 +114,25 @@ def _changes_in_place(graph: Graph, gated: _Gated) -> bool:
 def _gated(graph: Graph, site: Site) -> _Gated | None:
     """The multiplication that O goes into, through permutations alone, and into nothing else."""
     node, order = site.output, site.permutation
-    while len(node.users) == 1:
-        (user,) = node.users
+    while len(readers := [user for user in node.users if not _is_zeros_for(user, node)]) == 1:
+        (user,) = readers
         name = base_name(user.target)
         if name in PERMUTES and user.args[0] is node and user.meta["val"].dim() == 4:
             moved = user.target(torch.empty(2, 3, 5, 7), *user.args[1:], **user.kwargs)  # type: ignore[operator]
             order = tuple(order[(2, 3, 5, 7).index(size)] for size in moved.shape)
         elif name in ("mul", "einsum"):
             return _product(graph, node, user, order)
+        elif name in ("where", "masked_fill"):
+            return _choice(node, user, order)
         elif name not in ("contiguous", "clone", "alias", "to") or user.meta["val"].dtype != node.meta["val"].dtype:
             return None
         node = user
     return None
+
+
+def _is_zeros_for(user: Node, node: Node) -> bool:
+    """True for zeros of the node's shape that go where the node itself goes."""
+    return is_zero(user) and all(reader in node.users for reader in user.users)
 
 
 def _product(graph: Graph, o: Node, user: Node, order: tuple[int, ...]) -> _Gated | None:
@@ -134,6 +155,21 @@ def _product(graph: Graph, o: Node, user: Node, order: tuple[int, ...]) -> _Gate
     order = tuple(order[inputs[mine].index(letter)] for letter in letters[2])
     gate = spread[1 - mine]
     return _Gated(user, gate, order) if _broadcasts(gate, user, user, order) else None
+
+
+def _choice(o: Node, user: Node, order: tuple[int, ...]) -> _Gated | None:
+    """O where a condition holds, or does not, and else 0."""
+    if base_name(user.target) == "where":
+        condition, yes, no = user.args[:3]
+        on = yes is o
+        other = no if on else yes
+    else:
+        (mine, condition, other), on = user.args[:3], False
+        if mine is not o:
+            return None
+    if not is_zero(other) or not isinstance(condition, Node) or condition is o or dtype_of(condition) is not torch.bool:
+        return None
+    return _Gated(user, condition, order, on) if _broadcasts(condition, user, o, order) else None
 
 
 def _broadcasts(gate: Node, user: Node, o: Node, order: tuple[int, ...]) -> bool:

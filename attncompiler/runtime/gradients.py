@@ -75,7 +75,7 @@ class _Places:
             pairs = {"pair": (b, h, m, n), "q": (b, h, m, 1), "kv": (b, h, 1, n)}[side_of(read)]
             self.elements.append((read, f"Grad_{tag}", pairs))
         self.large = frozenset(read.tensor for read, _, _ in self.elements if side_of(read) == "pair")
-        self.kernels = backward_kernels(program, call.schedule, wanted) if n else ["attention_delta"]
+        self.kernels = backward_kernels(program, call.schedule, wanted)
 
 
 def places_of(call: Prepared, operands: Mapping[str, Tensor], wanted: frozenset[str]) -> _Places:

@@ -118,8 +118,7 @@ _MOST = 1024  # remembered; a serving process with ever new lengths must not gro
 
 def layout_of(program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> RoutedLayout:
     """What is known for operands of this layout; made on the first call."""
-    device = operands[program.sum.tensor].device
-    key = (program, *sizes.values(), device, *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in operands.values()])
+    key = (program, *sizes.values(), *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in operands.values()])
     found = _LAYOUTS.get(key)
     if found is None:
         if len(_LAYOUTS) >= _MOST:

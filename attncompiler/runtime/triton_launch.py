@@ -96,6 +96,8 @@ def backward(
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients of the operands in `wanted`."""
+    if o.numel() == 0:
+        return {name: torch.zeros_like(operands[name], memory_format=torch.contiguous_format) for name in wanted}
     call = prepare(program, operands, sizes)
     places = places_of(call, operands, wanted)
     large = places.large
@@ -107,9 +109,9 @@ def backward(
         found = portable.backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, large)
         return found | backward(program, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted - large)
     if call.schedule.descriptors:
-        o, grad_o = (x if describable(x) else x.contiguous() for x in (o, grad_o))
+        o, grad_o = (x if describable(x) else x.clone(memory_format=torch.contiguous_format) for x in (o, grad_o))
     rows = -(-lse.numel() // 4) * 4  # tensors begin where 16 bytes do
-    memory = torch.zeros(2 * rows + 2, dtype=torch.float32, device=o.device)  # of rows that no kernel takes, delta is 0
+    memory = torch.zeros(2 * rows + 2, dtype=torch.float32, device=o.device)  # rows that no kernel takes have 0
     delta, reference = (memory[rows * place :][: lse.numel()].view(lse.shape) for place in range(2))
     tensors = {**call.pointers(operands), "O": o, "DO": grad_o, "Lse": lse, "Rcp": rcp, "Delta": delta, "Reference": reference}
     if call.schedule.warp_roles:
@@ -124,9 +126,8 @@ def backward(
         layout = Layout(call.groups, wanted, grad_lse is not None, places.described)
         return layout, {**_strides("o", o), **_strides("do", grad_o), **places.strides}
 
-    if o.numel():
-        for name in places.kernels:
-            call.run(name, variant, tensors, operands, describe)
+    for name in places.kernels:
+        call.run(name, variant, tensors, operands, describe)
     found = sums.finish(lse, rcp, delta)
     if program.sum.tensor in wanted and call.may_keep_nothing:
         poison_empty_heads(program, call.block(operands), lse, found[program.sum.tensor])

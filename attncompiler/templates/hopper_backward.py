@@ -2,7 +2,8 @@
 
 A row is a tile of 128 tokens of one side, 64 for each group, which stays in shared memory (`held`) while tiles of 64 tokens of the
 other side stream past it: K and V, past which come Q and dO, in the kernel for the gradients of keys; Q and dO, past which come K
-and V, in the one for those of queries. What is held has two places, so that the next row's loads run under the end of the last.
+and V, in the one for those of queries. There O comes first, through the ring: delta is made of it and the dO that is held, and left to
+the other kernel. What is held has two places, so that the next row's loads run under the end of the last.
 Scores have the held side on rows: weights and their gradients then go from the registers of one product into the next, and no tile
 is transposed. One loop serves masked tiles and others: of two loops that share what is held, ptxas (of CUDA 12.8) computes the
 address in the first alone, also where that is skipped. The mathematics is that of softmax_backward.py.
@@ -84,13 +85,13 @@ MAKE_DELTA = """
 BY_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // {d}, {d} // 8], [4, 1], [1, 0])
 mbarrier.wait(ready.index(slot), phase)
 if PART == 0:
-    o = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
+    delta = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
 else:
-    o = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
-along = o.to(gl.float32) * second.load(BY_ROWS).to(gl.float32)
+    delta = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
+delta = delta.to(gl.float32) * second.load(BY_ROWS).to(gl.float32)
 mbarrier.arrive(free.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
-delta = gl.convert_layout(gl.sum(along, 1), gl.SliceLayout(1, SCORES))
+delta = gl.convert_layout(gl.sum(delta, 1), gl.SliceLayout(1, SCORES))
 {store_delta}
 """
 
@@ -148,6 +149,7 @@ def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
 TILE = """
 {moving_positions}
 {reads}
+{needed}
 mbarrier.wait(ready.index(slot), phase)
 {products}
 mbarrier.arrive(free.index(slot))
@@ -170,11 +172,14 @@ ds = p * (dp - delta{along})
 """
 
 # Where the mask can say so, a group leaves out the tiles that only the other one's rows need.
-WHERE_NEEDED = """
+NEEDED = """
 needed = gl.to_tensor(True)
 if masked:
     {bounds}
     needed = {may}
+"""
+
+WHERE_NEEDED = """
 if needed:
     {products}
 """

@@ -57,7 +57,7 @@ class Schedule:
         return replace(self, **kernels)
 
     def follows_plan(self, kernel: str) -> bool:
-        """True for kernels that visit the tiles of a plan: all but a delta that is read off O and dO."""
+        """True for kernels that visit the tiles of a plan: all but one that reads delta off O and dO, and nothing else."""
         return kernel != "attention_delta" or self.delta_over_keys
 
 

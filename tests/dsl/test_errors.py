@@ -44,6 +44,14 @@ def by_value(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
+        (lambda: masks.window(3.5), OptionError, "window: left is 3.5\n  do:  give a whole number"),  # type: ignore[arg-type]
+        (lambda: masks.grid((8, 8), 3.5), OptionError, "grid: window is 3.5\n  do:  give a whole number"),  # type: ignore[arg-type]
+        (lambda: masks.disc((8, 8, 8), 3), OptionError, "disc of (8, 8, 8)\n  do:  give the grid as (rows, columns)"),
+        (lambda: masks.halo(8, 0, 1), OptionError, "halo((8,), 0, 1) has a size that can't be"),  # type: ignore[arg-type]
+        (lambda: masks.padding([3, 4]), OptionError,  # type: ignore[arg-type]
+         "lengths is [3, 4]\n  do:  give a tensor of integers, on the device of q"),
+        (lambda: masks.blocks(4, [[True]]), OptionError,  # type: ignore[arg-type]
+         "the pattern of blocks is bool [query blocks, key blocks] or [heads, query blocks, key blocks]"),
         (lambda: masks.grid((4, 6), 5), OptionError,
          "axis 0 of 4 tokens can't have window 5, stride 1, dilation 1\n"
          "  why: 1 <= stride <= window and window * dilation <= length must hold\n"

@@ -105,6 +105,17 @@ def test_derivatives_agree_with_autograd() -> None:
     torch.testing.assert_close(block.tensor(derivative(p.score, dot)), value.grad)
 
 
+def test_derivatives_keep_the_precision_of_the_work() -> None:
+    """A constant times a factor of integers is float32 in torch, whatever multiplies it."""
+    text = to_text(program("softcap", 5, 5, 16, 16, "f64"))
+    score = next(line for line in text.splitlines() if line.strip().startswith("score"))
+    p = verify(parse(text.replace(score, "  score   dot(q[b, h, q_idx], k[b, h // 2, kv_idx]) * (q_idx - kv_idx) * 0.1")))
+    (dot,) = dots_of(p.score)
+    block = whole({}, {}, {"b": 1, "h": 1, "q_idx": 5, "kv_idx": 5}, torch.float64, torch.device("cpu"))
+    exact = 0.1 * (torch.arange(5.0, dtype=torch.float64)[:, None] - torch.arange(5.0, dtype=torch.float64))
+    torch.testing.assert_close(block.tensor(derivative(p.score, dot)).squeeze(), exact, rtol=1e-15, atol=0)
+
+
 def test_the_random_stream_is_even_and_depends_on_everything() -> None:
     rows, keys = torch.arange(512)[:, None], torch.arange(512)[None, :]
     u = uniform(torch.tensor(7), rows, keys)

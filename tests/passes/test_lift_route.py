@@ -30,6 +30,11 @@ def scattered(x: Tensor) -> Tensor:
     return CHOSEN * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).eps)
 
 
+def added(x: Tensor) -> Tensor:
+    found = router(x).topk(CHOSEN, -1)
+    return torch.zeros_like(x[..., :HEADS]).scatter_add(-1, found.indices, found.values)
+
+
 def one_hot(x: Tensor) -> Tensor:
     p = router(x)
     return F.one_hot(p.topk(CHOSEN, -1).indices, HEADS).sum(-2) * p
@@ -65,8 +70,8 @@ def of_heads(x: Tensor) -> Tensor:
 
 # and how many heads are expected to be on; "": known at run time
 GATES: dict[Gate, str] = {
-    scattered: "0.25", one_hot: "0.25", shared_and_routed: "0.5", zero_or_one: "0.25", compared: "0.25", masked_softmax: "0.25",
-    of_heads: "",
+    scattered: "0.25", added: "0.25", one_hot: "0.25", shared_and_routed: "0.5", zero_or_one: "0.25", compared: "0.25",
+    masked_softmax: "0.25", of_heads: "",
 }  # fmt: skip
 
 
@@ -76,6 +81,18 @@ def by_mul(o: Tensor, gate: Tensor) -> Tensor:
 
 def by_einsum(o: Tensor, gate: Tensor) -> Tensor:
     return torch.einsum("bne,bned->bned", gate.expand(2, N, HEADS), o.transpose(1, 2)).reshape(2, N, -1)
+
+
+def by_where(o: Tensor, gate: Tensor) -> Tensor:
+    return torch.where(gate[..., None] != 0, o.transpose(1, 2), 0.0).reshape(2, N, -1)
+
+
+def by_where_not(o: Tensor, gate: Tensor) -> Tensor:
+    return torch.where((gate == 0).transpose(1, 2)[..., None], torch.zeros_like(o), o)
+
+
+def by_masked_fill(o: Tensor, gate: Tensor) -> Tensor:
+    return o.transpose(1, 2).contiguous().masked_fill(gate[..., None] == 0, 0).reshape(2, N, -1)
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -103,6 +120,21 @@ def test_taken(gate: Gate, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("apply", [by_where, by_where_not, by_masked_fill])
+def test_outputs_may_be_chosen_and_not_multiplied(apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return apply(attend(x, w), scattered(x))
+
+    x, w = inputs()
+    torch._dynamo.reset()
+    (region,) = attncompiler.explain(f, x, w).regions
+    assert "  route   1 where active[b, h, q_idx]" in region.ir and any("heads are switched" in note for note in region.notes)
+    right, ours = (g(x, w) for g in (f, torch.compile(f, backend="attncompiler", options={"inner": "aot_eager"})))
+    torch.testing.assert_close(ours, right)
+    grads = (torch.autograd.grad(out.square().sum(), (x, w)) for out in (ours, right))
+    torch.testing.assert_close(*grads)
+
+
 def scaled(x: Tensor) -> Tensor:
     return x[..., :HEADS].sigmoid()
 
@@ -123,6 +155,9 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "no zeros": lambda x, w: by_mul(attend(x, w), scattered_into_ones(x)),
     "a gate of channels": lambda x, w: attend(x, w).transpose(1, 2) * torch.zeros(D).scatter(0, torch.arange(3), 1.0).to(x),
     "the output is read as it is too": lambda x, w: (lambda o: by_mul(o, scattered(x)) + o.mean())(attend(x, w)),
+    "queries that are padding": lambda x, w: attend(x, w).masked_fill((x[..., 0] > 2)[:, None, :, None], 0.0),
+    "something else where it is off": lambda x, w: torch.where(scattered(x).transpose(1, 2)[..., None] != 0, attend(x, w), 1.0),
+    "a choice of channels": lambda x, w: torch.where(x[0, 0, :D] > 0, attend(x, w), 0.0),
     "another dtype": lambda x, w: by_mul(attend(x.float(), w.float()), scattered(x)),
 }
 

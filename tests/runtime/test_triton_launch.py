@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from attncompiler.codegen import portable
 from attncompiler.ir import parse, verify
 from attncompiler.ir.text import to_text
 from attncompiler.runtime import triton_launch
@@ -39,6 +40,31 @@ def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_forward_and_gradients(name: str, sizes: tuple[int, int, int, int]) -> None:
     judge(triton_launch, program(name, *sizes))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["sinks", "pair bias and slopes"])
+def test_gradients_of_one_operand_alone(name: str) -> None:
+    """Each asks for other kernels; those of extra scores are made of delta, without any."""
+    p = program(name, 33, 70, 80, 48)
+    made = operands(p)
+    given = triton_launch.forward(p, made, {})
+    grad = torch.randn_like(given[0])
+    for wanted in p.differentiable:
+        (found, expected) = (
+            lowering.backward(p, made, {}, *given, grad, None, frozenset({wanted}))[wanted]
+            for lowering in (triton_launch, portable)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreted
+def test_no_queries_have_no_gradients() -> None:
+    p = program("window", 0, 70, 80, 48)
+    made = operands(p)
+    o, lse, rcp = triton_launch.forward(p, made, {})
+    found = triton_launch.backward(p, made, {}, o, lse, rcp, o, None, frozenset("qkv"))
+    assert all(not found[name].any() and found[name].shape == made[name].shape for name in "qkv")
 
 
 @pytest.mark.interpreted
