@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attncompiler.errors import InvalidProgram, Unrecognised
@@ -17,6 +18,8 @@ from attncompiler.passes.constants import Constants
 from attncompiler.passes.reader import Reader
 from attncompiler.passes.recognise_calls import ModReader
 from attncompiler.passes.sizes import IndexSpace
+
+aten = torch.ops.aten
 
 
 def traced(
@@ -33,6 +36,7 @@ def traced(
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise InvalidProgram(f"{name} can't be traced", why=reason, do="use operations of torch alone") from error
+    _inline_numbers(module)
     outer = Graph()
     captured: dict[str, Tensor] = {}
     values: list[Any] = list(bound)
@@ -60,3 +64,20 @@ def traced(
     except Unrecognised as error:
         what = f"{name} is no expression of positions: {error.what}"
         raise InvalidProgram(what, where=error.where, why=error.why, do=error.do) from error
+
+
+def _inline_numbers(module: GraphModule) -> None:
+    """Numbers that tracing made tensors of (the 0 of `captured[0]`) as numbers again."""
+    for node in module.graph.nodes:
+        source = node.args[0] if node.target is aten.lift_fresh_copy.default else None
+        if not isinstance(source, Node) or source.op != "get_attr":
+            continue
+        tensor = getattr(module, str(source.target))
+        if tensor.dim() == 0:
+            with module.graph.inserting_before(node):
+                number = module.graph.call_function(aten.full.default, ([], tensor.item()), {"dtype": tensor.dtype})
+            number.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(number)
+            module.graph.erase_node(node)
+            if not source.users:
+                module.graph.erase_node(source)

@@ -58,6 +58,20 @@ def _power(a: Expr, b: Expr, **_: Any) -> Expr:
     return apply("pow", a, b)
 
 
+def _softplus(a: Expr, beta: Expr = Const(1.0), threshold: Expr = Const(20.0), **_: Any) -> Expr:  # noqa: B008  immutable
+    x = apply("mul", a, beta)
+    return apply("where", apply("gt", x, threshold), a, apply("div", apply("log", apply("add", Const(1.0), apply("exp", x))), beta))
+
+
+def _gelu(a: Expr, approximate: str = "none", **_: Any) -> Expr:
+    half = apply("mul", Const(0.5), a)
+    if approximate == "none":
+        return apply("mul", half, apply("add", Const(1.0), apply("erf", apply("mul", a, Const(math.sqrt(0.5))))))
+    cube = apply("mul", Const(0.044715), apply("mul", a, apply("mul", a, a)))
+    inner = apply("mul", Const(math.sqrt(2.0 / math.pi)), apply("add", a, cube))
+    return apply("mul", half, apply("add", Const(1.0), apply("tanh", inner)))
+
+
 _LOG2E = 1.0 / math.log(2.0)
 
 # By the operator's name without its overload; operands are expressions, None or keyword expressions.
@@ -72,6 +86,9 @@ ELEMENTWISE: Mapping[str, Builder] = {
     "cos": _unary("cos"), "floor": _unary("floor"), "ceil": _unary("ceil"), "erf": _unary("erf"), "square": _square, "pow": _power,
     "reciprocal": lambda a, **_: apply("div", Const(1.0), a),
     "relu": lambda a, **_: apply("maximum", a, Const(0.0)),
+    "log1p": lambda a, **_: apply("log", apply("add", Const(1.0), a)),
+    "expm1": lambda a, **_: apply("sub", apply("exp", a), Const(1.0)),
+    "silu": lambda a, **_: apply("mul", a, apply("sigmoid", a)), "softplus": _softplus, "gelu": _gelu,
     "clamp": _clamp, "clip": _clamp, "clamp_min": lambda a, b, **_: apply("maximum", a, b),
     "clamp_max": lambda a, b, **_: apply("minimum", a, b),
     "minimum": _binary("minimum"), "maximum": _binary("maximum"), "min": _binary("minimum"), "max": _binary("maximum"),

@@ -315,6 +315,7 @@ def _advanced_index(reader: Reader, node: Node, index: Index) -> Expr | None:
     rank = max(len(shape_of(e)) for e in tensors)
     out_shape = shape_of(node)[:rank]
     picked = [reader.element(e, reader.broadcast(e, out_shape, index[:rank])) for e in tensors]
+    picked = [_from_the_start(entry, size) for entry, size in zip(picked, shape_of(source), strict=False)]
     known = {axis: size for axis, size in reader.space.extents.items() if isinstance(size, int)}
     for place, (entry, size) in enumerate(zip(picked, shape_of(source), strict=False)):
         first, last = range_of(entry, known)
@@ -327,6 +328,13 @@ def _advanced_index(reader: Reader, node: Node, index: Index) -> Expr | None:
                 do="clamp the index, or give a tensor that holds all places",
             )
     return reader.element(source, tuple(picked) + index[rank:])
+
+
+def _from_the_start(entry: Expr, size: int | torch.SymInt) -> Expr:
+    """A number that counts from the end of a dimension as one that counts from its start."""
+    if isinstance(entry, Const) and isinstance(size, int) and -size <= entry.value < 0:
+        return Const(int(entry.value) + size)
+    return entry
 
 
 # ------------------------------------------------------------------------------------- casts, creation, normalisers

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import attncompiler
@@ -79,6 +80,35 @@ def test_scores_with_captured_tensors() -> None:
     bias = table[:, i[:, None] - i + 23]
     expected = reference(q, k, v, torch.ones(24, 24, dtype=torch.bool), lambda s: torch.tanh(s / 3.0) * 3.0 + bias)
     agree(attncompiler.attention(q, k, v, score=score), expected, (q, k, v, table))
+
+
+NUMBERS = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64)
+MODS: dict[str, Callable[..., Tensor]] = {
+    "a constant index": lambda s, b, h, i, j: s * NUMBERS[0] + NUMBERS[-1] * (i - j),
+    "gelu": lambda s, b, h, i, j: F.gelu(s),
+    "gelu by tanh": lambda s, b, h, i, j: F.gelu(s, approximate="tanh"),
+    "softplus": lambda s, b, h, i, j: F.softplus(s * 30, beta=2.0, threshold=10.0),
+    "silu": lambda s, b, h, i, j: F.silu(s),
+    "log1p and expm1": lambda s, b, h, i, j: torch.expm1(s) - torch.log1p((i - j).abs().double()),
+}
+
+
+@pytest.mark.parametrize("name", MODS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mods_of_scores(name: str, compiled: bool) -> None:
+    q, k, v = operands(hk=4)
+    i = torch.arange(24)
+    whole = torch.ones(24, 24, dtype=torch.bool)
+    expected = reference(q, k, v, whole, lambda s: MODS[name](s, 0, 0, i[:, None], i[None, :]))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o = attncompiler.attention(q, k, v, score=MODS[name])
+        assert isinstance(o, Tensor)
+        return o
+
+    torch._dynamo.reset()
+    ours = torch.compile(attend, backend="attncompiler", options={"inner": "aot_eager"})(q, k, v) if compiled else attend(q, k, v)
+    agree(ours, expected, (q, k, v))
 
 
 def test_masks_that_make_tensors_move_with_the_operands() -> None:
