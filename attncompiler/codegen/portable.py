@@ -1,48 +1,30 @@
-"""The lowering for any device, in torch: blocks of queries over the key ranges of the plan. Time and memory follow the density."""
+"""The lowering for any device, in torch: blocks of queries over the keys that the plan visits (portable_tiles.py). Time and memory follow
+the density."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from attncompiler.codegen.lowerable import lowerable
-from attncompiler.codegen.vectors import VectorGradient, VectorView, add_elements, poison_empty_heads, vector_gradient, view_vectors
+from attncompiler.codegen.portable_tiles import Tile, tiles
+from attncompiler.codegen.vectors import (
+    Lines,
+    VectorGradient,
+    VectorView,
+    add_elements,
+    poison_empty_heads,
+    vector_gradient,
+    view_vectors,
+)
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block, whole
-from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, axes_of, dots_of, reads_of
+from attncompiler.ir.expr import AXES, KV_IDX, ONE, Q_IDX, TRUE, Apply, Axis, Const, Dot, Expr, Read, dots_of, reads_of
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Empty
-from attncompiler.passes.plan import TilePlan, TileRanges, build_plan, score_where_kept
-
-_BLOCK_Q, _BLOCK_KV = 128, 64
-_LONG = 2048  # of more queries than this a block of one head holds twice as many: fewer calls
-_WHOLE = 256  # up to this many queries and keys, one block holds everything
-_ELEMENTS = 1 << 22  # scores in flight: they should stay in the cache of a core
-_FEW_SPANS = 4  # a mask is evaluated on each of so many spans of columns; for more, once on all
-
-_Spans = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Queries [q0, q1) of batches [b0, b1) against the keys in `ranges`, laid side by side. Only in the columns `partial` of these can a
-    pair be outside `keep`."""
-
-    b0: int
-    b1: int
-    h0: int
-    h1: int
-    q0: int
-    q1: int
-    ranges: _Spans
-    partial: _Spans
-
-    @property
-    def masked(self) -> bool:
-        return bool(self.partial)
+from attncompiler.passes.plan import score_where_kept
 
 
 class _Run:
@@ -71,80 +53,37 @@ class _Run:
             yield dot.right, self.right[dot], KV_IDX
         yield self.program.sum, self.value, KV_IDX
 
-    # ------------------------------------------------------------------------------------------------------ tiles
-
-    def tiles(self) -> Iterator[_Tile]:
+    def tiles(self) -> Iterator[Tile]:
         """All tiles of the plan, in order."""
-        b, h, m, n = (self.extents[axis.name] for axis in AXES)
-        if min(b, h, m) == 0:
-            return
         group = max(self.value.group, *(view.group for view in self.right.values()), 1)
-        if m <= _WHOLE and n <= _WHOLE:
-            partial: _Spans = ((0, n),) if self.program.keep.predicate != TRUE else ()
-            for b0, b1, h0, h1 in self._batches(b, h, m, n, group):
-                yield _Tile(b0, b1, h0, h1, 0, m, ((0, n),), partial)
-            return
-        one_by_one = "h" in axes_of(self.program.keep.predicate)  # heads with plans of their own
-        block_q = 2 * _BLOCK_Q if one_by_one and m > _LONG else _BLOCK_Q
-        plan = build_plan(self.program, self.operands, self.sizes, block_q, _BLOCK_KV)
-        rows = _row_ranges(plan, n)
-        for tile in range(plan.q_tiles):
-            q0, q1 = tile * block_q, min((tile + 1) * block_q, m)
-            for pb in range(plan.plan_b):
-                for ph in range(plan.plan_h):
-                    ranges, partial = rows[(pb * plan.plan_h + ph) * plan.q_tiles + tile]
-                    keys = sum(stop - start for start, stop in ranges)
-                    wide_b = (pb, pb + 1) if plan.plan_b > 1 else (0, b)
-                    wide_h = (ph, ph + 1) if plan.plan_h > 1 else (0, h)
-                    whole_group = group if plan.plan_h == 1 else 1
-                    for b0, b1, h0, h1 in self._batches(wide_b[1] - wide_b[0], wide_h[1] - wide_h[0], q1 - q0, keys, whole_group):
-                        yield _Tile(wide_b[0] + b0, wide_b[0] + b1, wide_h[0] + h0, wide_h[0] + h1, q0, q1, ranges, partial)
-
-    @staticmethod
-    def _batches(b: int, h: int, m: int, n: int, group: int) -> Iterator[tuple[int, int, int, int]]:
-        """Cut batches and heads so that the scores in flight stay small; heads of one group stay together."""
-        room = max(_ELEMENTS // max(m * n, 1), 1)
-        if room >= h:
-            step = max(room // h, 1)
-            yield from ((b0, min(b0 + step, b), 0, h) for b0 in range(0, b, step))
-            return
-        step = max(room // group, 1) * group
-        yield from ((b0, b0 + 1, h0, min(h0 + step, h)) for b0 in range(b) for h0 in range(0, h, step))
+        return tiles(self.program, self.operands, self.sizes, self.extents, group)
 
     # ------------------------------------------------------------------------------------------------------ pieces
 
-    def block(self, tile: _Tile) -> Block:
+    def block(self, tile: Tile) -> Block:
         """The positions of a tile, for evaluating expressions on it."""
-        spans = ((tile.b0, tile.b1), (tile.h0, tile.h1), (tile.q0, tile.q1))
+        spans = (Lines(tile.b0, tile.b1),), (Lines(tile.h0, tile.h1),), tile.rows, tile.ranges
         positions = {}
-        for place, (axis, (start, stop)) in enumerate(zip(AXES[:3], spans, strict=True)):
-            shape = [1, 1, 1, 1]
-            shape[place] = stop - start
-            positions[axis.name] = torch.arange(start, stop, device=self.device).reshape(shape)
-        keys = [torch.arange(start, stop, device=self.device) for start, stop in tile.ranges]
-        joined = keys[0] if len(keys) == 1 else torch.cat(keys) if keys else torch.arange(0, device=self.device)
-        positions["kv_idx"] = joined.reshape(1, 1, 1, -1)
+        for place, (axis, lines) in enumerate(zip(AXES, spans, strict=True)):
+            joined = _taken(self.everywhere.positions[axis.name].reshape(1, 1, -1), lines)
+            positions[axis.name] = joined.reshape([-1 if place == at else 1 for at in range(len(AXES))])
         return Block(self.operands, self.sizes, self.extents, positions, self.dtype)
 
-    def queries(self, view: VectorView, tile: _Tile) -> Tensor:
+    def queries(self, view: VectorView, tile: Tile) -> Tensor:
         """[b, h, q, D] of a tile in the working precision; q is 1 where all queries share the vector."""
         part = _part(view, tile)
-        return (part[:, :, tile.q0 : tile.q1] if part.shape[2] == self.extents["q_idx"] else part).to(self.dtype)
+        return (_taken(part, tile.rows) if part.shape[2] == self.extents["q_idx"] else part).to(self.dtype)
 
-    def keys(self, view: VectorView, tile: _Tile) -> Tensor:
+    def keys(self, view: VectorView, tile: Tile) -> Tensor:
         """[b, h or its groups, keys, D] of a tile in the working precision; keys is 1 where all keys share the vector."""
         part = _part(view, tile)
-        if part.shape[2] != self.extents["kv_idx"]:
-            return part.to(self.dtype)
-        pieces = [part[:, :, start:stop] for start, stop in tile.ranges]
-        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else part[:, :, :0]
-        return joined.to(self.dtype)
+        return (_taken(part, tile.ranges) if part.shape[2] == self.extents["kv_idx"] else part).to(self.dtype)
 
-    def scores(self, tile: _Tile, block: Block) -> Tensor:
+    def scores(self, tile: Tile, block: Block) -> Tensor:
         """The score of every pair of a tile, -inf outside `keep`: a fresh tensor [b, h, q, keys]."""
         expr = self.program.score if tile.masked else self.kept_score
         dot, scale = _scaled_dot(expr)
-        shape = (tile.b1 - tile.b0, tile.h1 - tile.h0, tile.q1 - tile.q0, block.positions["kv_idx"].shape[3])
+        shape = (tile.b1 - tile.b0, tile.h1 - tile.h0, tile.height, block.positions["kv_idx"].shape[3])
         if dot is not None:
             result = _product(self.queries(self.left[dot], tile) * scale, self.keys(self.right[dot], tile), self.right[dot].group)
             result = result if tuple(result.shape) == shape else result.expand(shape).clone()
@@ -172,7 +111,7 @@ class _Run:
         return Block(self.operands, self.sizes, self.extents, positions, self.dtype)
 
 
-def _part(view: VectorView, tile: _Tile) -> Tensor:
+def _part(view: VectorView, tile: Tile) -> Tensor:
     """The batches and heads of a tile; of its groups, where heads share."""
     tensor = view.tensor
     if tensor.shape[0] > 1:
@@ -182,41 +121,24 @@ def _part(view: VectorView, tile: _Tile) -> Tensor:
     return tensor
 
 
-def _row_ranges(plan: TilePlan, n: int) -> list[tuple[_Spans, _Spans]]:
-    """For each row of the plan its key ranges in elements, and which columns of these, laid side by side, are of partial tiles."""
-    visited, partial = (_tile_ranges(ranges) for ranges in (plan.visited, plan.partial))
-    return [_in_elements(tiles, cut, plan.block_kv, n) for tiles, cut in zip(visited, partial, strict=True)]
+def _taken(tensor: Tensor, lines: Sequence[Lines]) -> Tensor:
+    """Positions of the third dimension, side by side."""
+    pieces = [each.of(tensor).flatten(2, 3) for each in lines]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else tensor[:, :, :0]
 
 
-def _tile_ranges(ranges: TileRanges) -> list[_Spans]:
-    rows = zip(ranges.count.tolist(), ranges.begin.tolist(), ranges.end.tolist(), strict=True)
-    return [tuple(zip(begin[:count], end[:count], strict=True)) for count, begin, end in rows]
+def _rows(tensor: Tensor, tile: Tile) -> Tensor:
+    """Of [b, h, q_idx, ..] the rows of a tile."""
+    return _taken(tensor[tile.b0 : tile.b1, tile.h0 : tile.h1], tile.rows)
 
 
-def _in_elements(tiles: _Spans, cut: _Spans, block: int, n: int) -> tuple[_Spans, _Spans]:
-    """Ranges of tiles, of which those in `cut` are partial, in elements and in columns."""
-    ranges, columns, left = [], [], iter(cut)
-    start, at = 0, next(left, None)
-    for begin, end in tiles:
-        while at is not None and at[0] < end:  # a run of partial tiles lies in one of visited ones
-            first, last = ((min(tile * block, n) - begin * block) + start for tile in at)
-            columns.append((first, last))
-            at = next(left, None)
-        ranges.append((begin * block, min(end * block, n)))
-        start += ranges[-1][1] - ranges[-1][0]
-    return tuple(ranges), _joined(columns, start)
-
-
-def _joined(spans: list[tuple[int, int]], length: int) -> _Spans:
-    """Spans that touch become one; all of `length` where they are many or hold most of it."""
-    found: list[tuple[int, int]] = []
-    for first, last in spans:
-        if found and found[-1][1] == first:
-            first = found.pop()[0]
-        found.append((first, last))
-    if len(found) > _FEW_SPANS or 2 * sum(last - first for first, last in found) > length:
-        return ((0, length),)
-    return tuple(found)
+def _put(tensor: Tensor, tile: Tile, found: Tensor) -> None:
+    """Write them."""
+    into, at = tensor[tile.b0 : tile.b1, tile.h0 : tile.h1], 0
+    for lines in tile.rows:
+        piece = found[:, :, at : at + lines.positions].to(tensor.dtype)
+        lines.of(into).copy_(piece.unflatten(2, (lines.number, lines.stop - lines.start)))
+        at += lines.positions
 
 
 def _scaled_dot(expr: Expr) -> tuple[Dot | None, float]:
@@ -291,16 +213,15 @@ def forward(
         result = _weighted(weights, run.keys(run.value, tile), run.value.group).div_(total)
         if program.keep.zero_if_empty or run.extents["kv_idx"] == 0:  # over no keys at all any sum is zero
             result.masked_fill_(total == 0, 0.0)
-        at = (slice(tile.b0, tile.b1), slice(tile.h0, tile.h1), slice(tile.q0, tile.q1))
-        o[at] = result.to(o.dtype)
+        _put(o, tile, result)
         row_lse = shift + total.log()
-        lse[at] = row_lse.squeeze(3)
+        _put(lse, tile, row_lse.squeeze(3))
         if program.has_rcp:
-            rcp[at] = (torch.exp(row_lse - shift) / total).masked_fill(total == 0, 0.0).squeeze(3)
+            _put(rcp, tile, (torch.exp(row_lse - shift) / total).masked_fill(total == 0, 0.0).squeeze(3))
     return o, lse, rcp
 
 
-def _bind_dots(run: _Run, tile: _Tile, block: Block) -> None:
+def _bind_dots(run: _Run, tile: Tile, block: Block) -> None:
     for dot in run.dots:
         if dot not in block.memo:
             block.memo[dot] = _product(run.queries(run.left[dot], tile), run.keys(run.right[dot], tile), run.right[dot].group)
@@ -360,7 +281,7 @@ def _nonzero(expr: Expr, moved: list[Dot | Read]) -> dict[Dot | Read, Expr]:
 def _backward_tile(
     run: _Run,
     slopes: _Slopes,
-    tile: _Tile,
+    tile: Tile,
     o: Tensor,
     lse: Tensor,
     rcp: Tensor,
@@ -370,18 +291,17 @@ def _backward_tile(
     vectors: Mapping[Read, VectorGradient],
 ) -> None:
     program, block = run.program, run.block(tile)
-    at = (slice(tile.b0, tile.b1), slice(tile.h0, tile.h1), slice(tile.q0, tile.q1))
-    rows, grad = lse[at].unsqueeze(3), grad_o[at].to(run.dtype)
+    rows, grad = _rows(lse, tile).unsqueeze(3), _rows(grad_o, tile).to(run.dtype)
     empty = None
     if program.keep.predicate != TRUE and program.keep.empty is not Empty.SCORE and not program.weigh.extra:
         empty = rows == float("-inf")  # no key is kept: no weight, and no gradient of any score
         rows = rows.masked_fill(empty, 0.0)
-    scale = rcp[at].unsqueeze(3) if program.has_rcp else None
+    scale = _rows(rcp, tile).unsqueeze(3) if program.has_rcp else None
     weights = run.scores(tile, block).sub_(rows).exp_()
     weights = weights if scale is None else weights.mul_(scale)
-    delta = (grad * o[at].to(run.dtype)).sum(3, keepdim=True)
+    delta = (grad * _rows(o, tile).to(run.dtype)).sum(3, keepdim=True)
     if grad_lse is not None:
-        delta = delta - grad_lse[at].to(run.dtype).unsqueeze(3)
+        delta = delta - _rows(grad_lse, tile).to(run.dtype).unsqueeze(3)
     if empty is not None:
         delta = delta.masked_fill(empty, 0.0)
     grad_weights = _product(grad, run.keys(run.value, tile), run.value.group)  # of the adjusted weights
@@ -392,7 +312,7 @@ def _backward_tile(
         adjusted = weights * factor
     if program.sum in vectors:
         target = vectors[program.sum]
-        target.add(_weighted_keys(adjusted, grad, target.view.group), *_where(tile), tile.ranges)
+        target.add(_weighted_keys(adjusted, grad, target.view.group), *tile.batches_and_heads, tile.ranges)
     changes: dict[Dot | Read, Tensor] = {}
     if slopes.adjust:
         _accumulate(changes, slopes.adjust, weights * grad_weights, block)
@@ -409,12 +329,8 @@ def _backward_tile(
         if isinstance(moved, Dot):
             _add_dot(run, tile, moved, change, vectors)
         else:
-            shape = (tile.b1 - tile.b0, tile.h1 - tile.h0, tile.q1 - tile.q0, change.shape[3])
+            shape = (tile.b1 - tile.b0, tile.h1 - tile.h0, tile.height, change.shape[3])
             add_elements(moved, change.expand(shape), found[moved.tensor], block)
-
-
-def _where(tile: _Tile) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (tile.b0, tile.b1), (tile.h0, tile.h1)
 
 
 def _accumulate(changes: dict[Dot | Read, Tensor], slopes: Mapping[Dot | Read, Expr], grad: Tensor, block: Block) -> None:
@@ -427,19 +343,19 @@ def _accumulate(changes: dict[Dot | Read, Tensor], slopes: Mapping[Dot | Read, E
         changes[moved] = changes[moved] + change if moved in changes else change
 
 
-def _add_dot(run: _Run, tile: _Tile, dot: Dot, grad: Tensor, vectors: Mapping[Read, VectorGradient]) -> None:
+def _add_dot(run: _Run, tile: Tile, dot: Dot, grad: Tensor, vectors: Mapping[Read, VectorGradient]) -> None:
     left, right = vectors.get(dot.left), vectors.get(dot.right)
     queries, keys = run.queries(run.left[dot], tile), run.keys(run.right[dot], tile)
-    rows: _Spans = ((tile.q0, tile.q1),)
+    rows = tile.rows
     columns = tile.ranges
     if keys.shape[2] == 1 and grad.shape[3] != 1:  # one vector for all keys
-        grad, columns = grad.sum(3, keepdim=True), ((0, 1),)
+        grad, columns = grad.sum(3, keepdim=True), (Lines(0, 1),)
     if queries.shape[2] == 1 and grad.shape[2] != 1:
-        grad, rows = grad.sum(2, keepdim=True), ((0, 1),)
+        grad, rows = grad.sum(2, keepdim=True), (Lines(0, 1),)
     if left is not None:
-        left.add(_weighted(grad, keys, run.right[dot].group), *_where(tile), rows)
+        left.add(_weighted(grad, keys, run.right[dot].group), *tile.batches_and_heads, rows)
     if right is not None:
-        right.add(_weighted_keys(grad, queries, right.view.group), *_where(tile), columns)
+        right.add(_weighted_keys(grad, queries, right.view.group), *tile.batches_and_heads, columns)
 
 
 def _element_reads(program: Attention) -> list[Read]:

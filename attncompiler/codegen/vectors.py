@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,24 @@ from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import AXES, KV_IDX, Apply, Axis, B, Const, Expr, H, Read, axes_of, mod
 from attncompiler.ir.program import Attention, Empty
 from attncompiler.passes.plan import proved_nonempty
+
+
+class Lines(NamedTuple):
+    """`number` runs of positions of one length: [start, stop), and each `step` after the one before."""
+
+    start: int
+    stop: int
+    number: int = 1
+    step: int = 0
+
+    @property
+    def positions(self) -> int:
+        return self.number * (self.stop - self.start)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Those of the third dimension, which becomes two, number and length: a view."""
+        found = tensor[:, :, self.start : self.stop + (self.number - 1) * self.step]
+        return found.unsqueeze(2) if self.number == 1 else found.unfold(2, self.stop - self.start, self.step).movedim(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class VectorGradient:
     sums: Tensor
     operand: Tensor  # the gradient of the whole operand
 
-    def add(self, grad: Tensor, batch: tuple[int, int], heads: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> None:
+    def add(self, grad: Tensor, batch: tuple[int, int], heads: tuple[int, int], ranges: Sequence[Lines]) -> None:
         """Add [b, h or groups, rows, D], the rows being those of `ranges` one after the other."""
         if self.view.group > 1 and grad.shape[1] != -(-heads[1] // self.view.group) - heads[0] // self.view.group:
             b, h, rows, d = grad.shape
@@ -111,10 +130,11 @@ class VectorGradient:
         if target.shape[1] > 1:
             target = target[:, heads[0] // self.view.group : -(-heads[1] // self.view.group)]
         at = 0
-        for start, stop in ranges:
-            piece = grad[:, :, at : at + stop - start]
-            target[:, :, start:stop].add_(piece.sum_to_size(target.shape[0], target.shape[1], *piece.shape[2:]))
-            at += stop - start
+        for lines in ranges:
+            piece = grad[:, :, at : at + lines.positions]
+            piece = piece.sum_to_size(target.shape[0], target.shape[1], *piece.shape[2:])
+            lines.of(target).add_(piece.unflatten(2, (lines.number, lines.stop - lines.start)))
+            at += lines.positions
 
     def scatter(self, block: Block) -> None:
         """Finish: put gathered gradients back where their vectors were read."""
@@ -193,5 +213,5 @@ def poison_empty_heads(program: Attention, block: Block, lse: Tensor, grad_value
     poison = torch.where(empty, torch.nan, 0.0).to(grad_value.dtype)
     row = vector_gradient(program.sum, view_vectors(program.sum, grad_value, KV_IDX, block), grad_value, KV_IDX, block)
     rows = block.extents["kv_idx"]
-    row.add(poison.expand(-1, -1, rows, grad_value.shape[-1]), (0, lse.shape[0]), (0, lse.shape[1]), ((0, rows),))
+    row.add(poison.expand(-1, -1, rows, grad_value.shape[-1]), (0, lse.shape[0]), (0, lse.shape[1]), (Lines(0, rows),))
     row.scatter(block)

@@ -86,9 +86,6 @@ ELEMENTWISE: Mapping[str, Builder] = {
     "cos": _unary("cos"), "floor": _unary("floor"), "ceil": _unary("ceil"), "erf": _unary("erf"), "square": _square, "pow": _power,
     "reciprocal": lambda a, **_: apply("div", Const(1.0), a),
     "relu": lambda a, **_: apply("maximum", a, Const(0.0)),
-    "log1p": lambda a, **_: apply("log", apply("add", Const(1.0), a)),
-    "expm1": lambda a, **_: apply("sub", apply("exp", a), Const(1.0)),
-    "silu": lambda a, **_: apply("mul", a, apply("sigmoid", a)), "softplus": _softplus, "gelu": _gelu,
     "clamp": _clamp, "clip": _clamp, "clamp_min": lambda a, b, **_: apply("maximum", a, b),
     "clamp_max": lambda a, b, **_: apply("minimum", a, b),
     "minimum": _binary("minimum"), "maximum": _binary("maximum"), "min": _binary("minimum"), "max": _binary("maximum"),
@@ -104,6 +101,13 @@ ELEMENTWISE: Mapping[str, Builder] = {
     "where": lambda c, a, b, **_: apply("where", c, a, b),
     "fill": lambda a, value, **_: value,
     "masked_fill": lambda a, mask, value, **_: apply("where", mask, value, a),
+}  # fmt: skip
+
+# Of several operators each.
+COMPOSED: Mapping[str, Builder] = {
+    "log1p": lambda a, **_: apply("log", apply("add", Const(1.0), a)),
+    "expm1": lambda a, **_: apply("sub", apply("exp", a), Const(1.0)),
+    "silu": lambda a, **_: apply("mul", a, apply("sigmoid", a)), "softplus": _softplus, "gelu": _gelu,
 }  # fmt: skip
 
 # Bitwise operators mean logic only on booleans.

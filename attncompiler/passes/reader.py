@@ -30,7 +30,7 @@ from attncompiler.ir.expr import (
 )
 from attncompiler.passes.constant_masks import ConstantMasks
 from attncompiler.passes.contraction import Contraction, argument, contraction_of
-from attncompiler.passes.elementwise import BOOLEAN_ONLY, ELEMENTWISE, base_name
+from attncompiler.passes.elementwise import BOOLEAN_ONLY, COMPOSED, ELEMENTWISE, base_name
 from attncompiler.passes.memory import memory_root, written_roots
 from attncompiler.passes.nodes import (
     CASTS,
@@ -128,10 +128,14 @@ class Reader:
         handler = HANDLERS.get(name)
         if handler is not None:
             return handler(self, node, index)
-        if name in ELEMENTWISE:
+        if name in ELEMENTWISE or (name in COMPOSED and self._is_of_pairs(index)):
             return self._elementwise(name, node, index)
         contraction = contraction_of(node)
         return self._dot(contraction, index) if contraction is not None else None
+
+    def _is_of_pairs(self, index: Index) -> bool:
+        """True for what there is one of for each pair: what there are fewer of is cheaper read, and hides no layer behind it."""
+        return {"q_idx", "kv_idx"} <= {name for entry in index for name in axes_of(entry)}
 
     def operand(self, value: Any, out_shape: Sequence[Extent], index: Index) -> Expr:
         """An argument of an elementwise operator at the output's index: a number, or a tensor broadcast to the output."""
@@ -188,7 +192,7 @@ class Reader:
         args = [convert(arg) for arg in node.args]
         if name in ("fill", "masked_fill") and dtype_of(node) is torch.bool:
             args[-1] = apply("to_bool", args[-1])  # mask[a:b] = True is a fill with the number 1
-        result = ELEMENTWISE[name](*args, **named)
+        result = (ELEMENTWISE.get(name) or COMPOSED[name])(*args, **named)
         return self._rounded(node, result)
 
     @staticmethod

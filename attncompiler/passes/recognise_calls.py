@@ -152,6 +152,9 @@ class ModReader(Reader):
     def _better_read(self, node: Node, expr: Expr) -> bool:
         return False
 
+    def _is_of_pairs(self, index: Index) -> bool:
+        return True
+
     def result(self) -> Expr:
         (output,) = (node.args[0] for node in self.module.graph.nodes if node.op == "output")
         if not isinstance(output, Node):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.codegen.emission import backward_kernels, element_gradients, shared_heads, side_of
-from attncompiler.codegen.vectors import add_elements, vector_gradient, view_vectors
+from attncompiler.codegen.vectors import Lines, add_elements, vector_gradient, view_vectors
 from attncompiler.ir.derivative import derivative
 from attncompiler.ir.evaluate import Block
 from attncompiler.ir.expr import Q_IDX, Const, Read, reads_of
@@ -122,7 +122,7 @@ class Gradients:
             if views[read].tensor.shape[2] == 1:
                 buffer = buffer.sum(2, keepdim=True)
             shared = views[read].tensor.shape[1] == 1 and buffer.shape[1] > 1
-            target.add(buffer.sum(1, keepdim=True) if shared else buffer, (0, b), (0, h), ((0, buffer.shape[2]),))
+            target.add(buffer.sum(1, keepdim=True) if shared else buffer, (0, b), (0, h), (Lines(0, buffer.shape[2]),))
             target.scatter(block)
         for read, gradient in self._elements:
             add_elements(read, gradient, totals[read.tensor], block)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attncompiler.codegen.vectors import add_elements, poison_empty_heads, vector_gradient, view_vectors
+from attncompiler.codegen.vectors import Lines, add_elements, poison_empty_heads, vector_gradient, view_vectors
 from attncompiler.ir.expr import Q_IDX, Read
 from attncompiler.ir.program import Attention
 from attncompiler.passes.compact_rows import LENGTH, is_plain
@@ -190,5 +190,5 @@ def _put_gradient(call: Routed, read: Read, gradient: Tensor, found: dict[str, T
     block, (b, h, m) = call.layout.block(call.given), call.layout.shape
     view = view_vectors(read, operand, Q_IDX, block)
     sums = vector_gradient(read, view, _sums(found, read.tensor, call.given), Q_IDX, block)
-    sums.add(call.rows.put(gradient), (0, b), (0, h), ((0, m),))
+    sums.add(call.rows.put(gradient), (0, b), (0, h), (Lines(0, m),))
     sums.scatter(block)

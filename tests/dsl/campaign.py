@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attncompiler.codegen import portable
+from attncompiler.codegen import portable, portable_tiles
 from attncompiler.dsl.attention import declare
 from attncompiler.passes.plan import Coverage, TilePlan
 from attncompiler.runtime import triton_launch
@@ -69,7 +69,7 @@ def judge_run(found: Case, seed: int, lowering: ModuleType, dtype: torch.dtype) 
     names = [decl.name for decl in declared.program.tensors]
     made = dict(zip(names, (q, k, v, *declared.captured), strict=True))
     small = {"_BLOCK_Q": 8, "_BLOCK_KV": 4, "_WHOLE": 0, "_ELEMENTS": 64}  # so that small problems have many tiles
-    with unittest.mock.patch.multiple(portable, **small):
+    with unittest.mock.patch.multiple(portable_tiles, **small):
         try:
             judge_on(lowering, declared.program, made, runs=1)
         except AssertionError as error:

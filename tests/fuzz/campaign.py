@@ -28,7 +28,7 @@ def judge(program: Program, inner: str = "aot_eager", train: bool = True) -> Ver
     torch._dynamo.reset()
     if program.seed % 2:  # small tiles, so that small problems have many: what large ones meet
         small = {"_BLOCK_Q": 8, "_BLOCK_KV": 4, "_WHOLE": 0, "_ELEMENTS": 64}
-        with unittest.mock.patch.multiple("attncompiler.codegen.portable", **small):
+        with unittest.mock.patch.multiple("attncompiler.codegen.portable_tiles", **small):
             return _judge(program, inner, train)
     return _judge(program, inner, train)
 
