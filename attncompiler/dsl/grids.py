@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Counted, Mask, make_rule
+from attncompiler.dsl.masks import Counted, Mask, make_rule, pickled
 from attncompiler.dsl.segments import segments
 from attncompiler.dsl.sequences import whole
 from attncompiler.dsl.term import Positions, equal, larger, smaller
@@ -18,6 +18,7 @@ from attncompiler.errors import OptionError
 from attncompiler.ir.expr import KV_IDX, Q_IDX
 
 
+@pickled
 def grid(
     shape: Sequence[int], window: int | Sequence[int], stride: int | Sequence[int] = 1, dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
@@ -107,6 +108,7 @@ def _axes_of(shape: Any, rule: str) -> tuple[int, ...]:
     return sizes
 
 
+@pickled
 def halo(shape: Sequence[int], block: int, halo: int) -> Mask:
     """HaloNet: a grid in blocks of `block` tokens a side; each query sees its block and `halo` tokens around it, within the grid.
 
@@ -135,6 +137,7 @@ def halo(shape: Sequence[int], block: int, halo: int) -> Mask:
     return _of_tokens(make_rule(f"halo({sizes}, block={block}, halo={halo})", kept), math.prod(sizes), count)
 
 
+@pickled
 def radial(frames: int, frame: int, tokens: int | None = None, *, block: int = 128, decay: float = 1.0, sink: bool = True) -> Mask:
     """Radial attention over `frames` frames of `frame` video tokens, text or padding after them up to `tokens`.
 
@@ -183,6 +186,7 @@ def _radial_width(distance: int, frame: int, block: int, decay: float, seen_by_a
     return frame if distance == 1 else math.floor(max(span * decay, block))
 
 
+@pickled
 def disc(shape: Sequence[int], radius: int, text: int = 0) -> Mask:
     """CLEAR: image tokens on a grid [rows, columns] nearer than `radius` (strictly, Euclidean).
 

@@ -11,10 +11,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from attncompiler.dsl.pictures import picture, png, svg
 from attncompiler.dsl.term import Positions, terms
@@ -64,7 +65,19 @@ class Mask(ABC):
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its tensors on `device`; what a user's function reads stays where it is."""
+        found = self.moved(device)
+        if not torch.compiler.is_dynamo_compiling() and "_made" in self.__dict__ and found is not self:
+            made = tree_map_only((Tensor, Mask), lambda each: each.to(device), self.__dict__["_made"])
+            object.__setattr__(found, "_made", made)
+        return found
+
+    def moved(self, device: torch.device | str) -> Mask:
+        """The parts of `to` that differ from one kind of mask to another."""
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = self.__dict__.get("_made")
+        return super().__reduce_ex__(protocol) if made is None else (_make, made)
 
     @abstractmethod
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
@@ -203,6 +216,30 @@ class Mask(ABC):
         return found.expand(*found.shape[:2], m, n) if found.dim() == 4 else found.expand(1, 1, m, n)
 
 
+_Makes = ParamSpec("_Makes")
+_MAKERS: dict[str, Callable[..., Mask]] = {}
+
+
+def pickled(make: Callable[_Makes, Mask]) -> Callable[_Makes, Mask]:
+    """What `make` gives remembers how it was made, so that it can be pickled: what a rule is made of inside can't be."""
+    _MAKERS[make.__name__] = make
+
+    @functools.wraps(make)
+    def remembered(*args: _Makes.args, **kwargs: _Makes.kwargs) -> Mask:
+        mask = make(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():
+            object.__setattr__(mask, "_made", (make.__name__, args, kwargs))
+        return mask
+
+    return remembered
+
+
+def _make(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mask:
+    mask = _MAKERS[name](*args, **kwargs)
+    object.__setattr__(mask, "_made", (name, args, kwargs))
+    return mask
+
+
 def as_mask(value: Mask | Callable[..., Any]) -> Mask:
     """A mask as it is, or a function of positions as a mask."""
     if isinstance(value, Mask):
@@ -226,7 +263,7 @@ class _Rule(Mask):
     kept: Callable[[Positions], Any]
     captured: Mapping[str, Tensor]
 
-    def to(self, device: torch.device | str) -> Mask:
+    def moved(self, device: torch.device | str) -> Mask:
         return replace(self, captured={name: tensor.to(device) for name, tensor in self.captured.items()})
 
     def rule(self, extents: Extents) -> tuple[Expr, Captured]:
@@ -251,7 +288,7 @@ class Sized(Mask):
     mask: Mask
     sizes: Mapping[Axis, int]
 
-    def to(self, device: torch.device | str) -> Mask:
+    def moved(self, device: torch.device | str) -> Mask:
         return replace(self, mask=self.mask.to(device))
 
     @property
@@ -310,7 +347,7 @@ class _After(Mask):
     def reads_tensors(self) -> bool:
         return self.mask.reads_tensors
 
-    def to(self, device: torch.device | str) -> Mask:
+    def moved(self, device: torch.device | str) -> Mask:
         return replace(self, mask=self.mask.to(device))
 
     def check(self, extents: Extents) -> None:
@@ -374,7 +411,7 @@ class _Joined(Mask):
     def reads_tensors(self) -> bool:
         return any(part.reads_tensors for part in self.parts)
 
-    def to(self, device: torch.device | str) -> Mask:
+    def moved(self, device: torch.device | str) -> Mask:
         return replace(self, parts=tuple(part.to(device) for part in self.parts))
 
     def check(self, extents: Extents) -> None:
@@ -460,7 +497,7 @@ class _PerHead(Mask):
     def reads_tensors(self) -> bool:
         return any(mask.reads_tensors for mask in self.masks)
 
-    def to(self, device: torch.device | str) -> Mask:
+    def moved(self, device: torch.device | str) -> Mask:
         return replace(self, masks=tuple(mask.to(device) for mask in self.masks))
 
     def check(self, extents: Extents) -> None:

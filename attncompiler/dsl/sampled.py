@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Mask, make_rule
+from attncompiler.dsl.masks import Mask, make_rule, pickled
 from attncompiler.dsl.term import Positions, Term, smaller
 from attncompiler.errors import OptionError
 from attncompiler.ir.evaluate import uniform
 from attncompiler.ir.expr import Uniform
 
 
+@pickled
 def sampled(seed: int | Tensor, probability: Sequence[float] | Tensor, block: int = 128, *, per_head: bool = True) -> Mask:
     """PrFlashAttention: of blocks of `block` tokens each pair (query block, key block) is kept or dropped by chance.
 

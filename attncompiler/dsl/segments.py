@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Captured, Extents, Mask, adopt, as_mask, rename
+from attncompiler.dsl.masks import Captured, Extents, Mask, adopt, as_mask, pickled, rename
 from attncompiler.dsl.term import Term, equal, larger, smaller
 from attncompiler.errors import OptionError
 from attncompiler.ir.expr import AXES, KV_IDX, Q_IDX, Expr, settled, substitute
@@ -22,6 +22,7 @@ Runs = Mapping[str, int] | Sequence[int]
 Pair = tuple[Name, Name]
 
 
+@pickled
 def segments(
     queries: Runs,
     rules: Mapping[Pair, Mask | Callable[..., Any] | bool],
@@ -101,9 +102,9 @@ class _Segments(Mask):
     def reads_tensors(self) -> bool:
         return any(mask.reads_tensors for mask in self._masks())
 
-    def to(self, device: torch.device | str) -> Mask:
-        moved = {pair: rule if isinstance(rule, bool) else rule.to(device) for pair, rule in self.rules.items()}
-        return replace(self, rules=moved)
+    def moved(self, device: torch.device | str) -> Mask:
+        rules = {pair: rule if isinstance(rule, bool) else rule.to(device) for pair, rule in self.rules.items()}
+        return replace(self, rules=rules)
 
     def check(self, extents: Extents) -> None:
         for what, axis, runs in (("queries", Q_IDX, self.queries), ("keys", KV_IDX, self.keys)):

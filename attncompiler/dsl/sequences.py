@@ -8,23 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncompiler.dsl.masks import Mask, Sized, make_rule
+from attncompiler.dsl.masks import Mask, Sized, make_rule, pickled
 from attncompiler.dsl.term import Positions, equal, larger
 from attncompiler.errors import OptionError
 from attncompiler.ir.expr import B, H
 
 
+@pickled
 def full() -> Mask:
     """Every key."""
     return make_rule("full()", lambda p: equal(p.k, p.k))
 
 
+@pickled
 def causal(offset: int = 0) -> Mask:
     """Keys up to the query's own position, kv_idx <= q_idx + offset. With a cache of n keys before the queries: offset n."""
     whole("causal", offset=offset)
     return make_rule(f"causal({offset or ''})", lambda p: p.k <= p.q + offset)
 
 
+@pickled
 def window(left: int, right: int | None = None) -> Mask:
     """`left` keys before the query, itself, and `right` (default: as many) after it."""
     right = left if right is None else right
@@ -34,12 +37,14 @@ def window(left: int, right: int | None = None) -> Mask:
     return make_rule(f"window({left}, {right})", lambda p: (p.k >= p.q - left) & (p.k <= p.q + right))
 
 
+@pickled
 def sink(count: int) -> Mask:
     """The first `count` keys."""
     whole("sink", count=count)
     return make_rule(f"sink({count})", lambda p: p.k < count)
 
 
+@pickled
 def prefix(length: int | Tensor) -> Mask:
     """The first `length` keys, for all queries: `causal() | prefix(n)` is a prefix language model. One a batch: int [B]."""
     if isinstance(length, int):
@@ -49,11 +54,13 @@ def prefix(length: int | Tensor) -> Mask:
     )
 
 
+@pickled
 def padding(lengths: Tensor) -> Mask:
     """Keys before the end of their sequence. `lengths`: int [B]."""
     return _of_batches("padding(lengths)", lambda p: p.k < p.captured["lengths"][p.b], lengths=_integers(lengths, "lengths", 1))
 
 
+@pickled
 def document(
     ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, lengths: Sequence[int] | None = None, every: int | None = None
 ) -> Mask:
@@ -82,6 +89,7 @@ def document(
     return make_rule(formula, lambda p: equal(p.captured["doc"][p.q], p.captured["doc"][p.k]), doc=one)
 
 
+@pickled
 def regions(labels: Tensor) -> Mask:
     """RAT: keys of the query's own region. `labels`: int [N] or [B, N], in any order."""
     if _tensor(labels, "labels").dim() == 2:
@@ -93,6 +101,7 @@ def regions(labels: Tensor) -> Mask:
     return make_rule("regions(labels)", lambda p: equal(p.captured["label"][p.q], p.captured["label"][p.k]), label=one)
 
 
+@pickled
 def dilated(reach: int, dilation: int) -> Mask:
     """Every `dilation`-th key, `reach` of them on either side of the query."""
     whole("dilated", reach=reach, dilation=dilation)
@@ -106,6 +115,7 @@ def dilated(reach: int, dilation: int) -> Mask:
     return make_rule(f"dilated({reach}, {dilation})", kept)
 
 
+@pickled
 def blocks(size: int, pattern: Tensor | None = None) -> Mask:
     """Blocks of `size` tokens: those on the diagonal, or those that `pattern` marks.
 
@@ -126,6 +136,7 @@ def blocks(size: int, pattern: Tensor | None = None) -> Mask:
     return rule if pattern.dim() == 2 else Sized(rule, {H: pattern.shape[0]})
 
 
+@pickled
 def strided(
     block: int, local: int, stride: int, heads: int = 1, *, kv_heads: int | None = None, dense_heads: int = 0, offset: int = 0,
     causal: bool = True,

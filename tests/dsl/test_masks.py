@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -21,6 +23,21 @@ def positions(m: int, n: int) -> tuple[Tensor, Tensor]:
 def same(mask: Mask, expected: Tensor, b: int = 1, h: int = 1) -> bool:
     m, n = expected.shape[-2:]
     return torch.equal(mask.dense(b, h, m, n).expand(b, h, m, n), expected.expand(b, h, m, n))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal() & (masks.window(3) | masks.sink(2)), ~masks.document(torch.arange(24) // 7), masks.grid((4, 6), (3, 3), (1, 2)),
+        masks.disc((4, 5), 2, 4), masks.radial(3, 6, 24, block=4), masks.sampled(3, [1.0, 0.5, 0.2], 3), masks.causal().after(3),
+        masks.per_head([masks.causal(), masks.window(1)]), masks.padding(torch.tensor([3, 9])).to("cpu"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_masks_are_pickled(mask: Mask) -> None:
+    again = pickle.loads(pickle.dumps(mask))
+    assert str(again) == str(mask) and again.same_as(mask, 2, 2, 24, 24)
+    assert pickle.loads(pickle.dumps(again)).same_as(copy.deepcopy(mask), 2, 2, 24, 24)
 
 
 @pytest.mark.parametrize("seed", range(20))
