@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec
 
@@ -228,10 +228,31 @@ def pickled(make: Callable[_Makes, Mask]) -> Callable[_Makes, Mask]:
     def remembered(*args: _Makes.args, **kwargs: _Makes.kwargs) -> Mask:
         mask = make(*args, **kwargs)
         if not torch.compiler.is_dynamo_compiling():
-            object.__setattr__(mask, "_made", (make.__name__, args, kwargs))
+            object.__setattr__(mask, "_made", (make.__name__, *_as_now((args, kwargs), mask)))
         return mask
 
     return remembered
+
+
+def _as_now(arguments: Any, mask: Mask) -> Any:
+    """Arguments as they are now, whatever is written into them later; of tensors those that the mask reads itself stay what they are."""
+    read = {tensor.untyped_storage().data_ptr() for tensor in _tensors_of(mask)}
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor if tensor.untyped_storage().data_ptr() in read else tensor.clone()
+
+    return tree_map_only(Tensor, kept, arguments)
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    """Those that a mask holds, and the masks that it is made of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mask):
+        yield from _tensors_of([held for name, held in vars(value).items() if name != "_made"])
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_of(each)
 
 
 def _make(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mask:

@@ -77,7 +77,7 @@ def document(
     formula = "document(ids)"
     if lengths is not None:
         formula = f"document(lengths={list(lengths)})" if len(lengths) <= 8 else f"document({len(lengths)} lengths)"
-        ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
+        ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.as_tensor(lengths))
     if cu_seqlens is not None:
         ends = _integers(cu_seqlens, "cu_seqlens", 1)
         places = torch.arange(int(ends[-1]), device=ends.device, dtype=ends.dtype)

@@ -35,7 +35,8 @@ def traced(
             module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise InvalidProgram(f"{name} can't be traced", why=reason, do="use operations of torch alone") from error
+        do = "" if isinstance(error, IndexError) else "use operations of torch alone"
+        raise InvalidProgram(f"{name} can't be traced", why=reason, do=do) from error
     _inline_numbers(module)
     outer = Graph()
     captured: dict[str, Tensor] = {}

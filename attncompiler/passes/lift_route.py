@@ -114,7 +114,7 @@ def _changes_in_place(graph: Graph, gated: _Gated) -> bool:
 def _gated(graph: Graph, site: Site) -> _Gated | None:
     """The multiplication that O goes into, through permutations alone, and into nothing else."""
     node, order = site.output, site.permutation
-    while len(readers := [user for user in node.users if not _is_zeros_for(user, node)]) == 1:
+    while len(readers := [user for user in node.users if not _is_idle(user)]) == 1:
         (user,) = readers
         name = base_name(user.target)
         if name in PERMUTES and user.args[0] is node and user.meta["val"].dim() == 4:
@@ -130,9 +130,13 @@ def _gated(graph: Graph, site: Site) -> _Gated | None:
     return None
 
 
-def _is_zeros_for(user: Node, node: Node) -> bool:
-    """True for zeros of the node's shape that go where the node itself goes."""
-    return is_zero(user) and all(reader in node.users for reader in user.users)
+def _is_idle(user: Node) -> bool:
+    """True for what does not use numbers: what nothing reads, zeros of a shape that are chosen, and views for these."""
+    if user.op == "output" or writes(user):
+        return False
+    if is_zero(user):
+        return all(base_name(reader.target) in ("where", "masked_fill") for reader in user.users)
+    return (base_name(user.target) in PERMUTES or not user.users) and all(map(_is_idle, user.users))
 
 
 def _product(graph: Graph, o: Node, user: Node, order: tuple[int, ...]) -> _Gated | None:

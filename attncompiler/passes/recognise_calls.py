@@ -159,6 +159,12 @@ class ModReader(Reader):
         (output,) = (node.args[0] for node in self.module.graph.nodes if node.op == "output")
         if not isinstance(output, Node):
             return Const(output) if isinstance(output, bool | int | float) else ONE
+        if shape_of(output):
+            raise Unrecognised(
+                f"the result has the shape {list(shape_of(output))}",
+                why="there is one number for each pair of a query and a key",
+                do="read captured tensors at as many places as they have dimensions, as in bias[h, q_idx]",
+            )
         return self.element(output, ())
 
 

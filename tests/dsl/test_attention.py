@@ -87,9 +87,7 @@ MODS: dict[str, Callable[..., Tensor]] = {
     "a constant index": lambda s, b, h, i, j: s * NUMBERS[0] + NUMBERS[-1] * (i - j),
     "gelu": lambda s, b, h, i, j: F.gelu(s),
     "gelu by tanh": lambda s, b, h, i, j: F.gelu(s, approximate="tanh"),
-    "softplus": lambda s, b, h, i, j: F.softplus(s * 30, beta=2.0, threshold=10.0),
     "silu": lambda s, b, h, i, j: F.silu(s),
-    "log1p and expm1": lambda s, b, h, i, j: torch.expm1(s) - torch.log1p((i - j).abs().double()),
 }
 
 

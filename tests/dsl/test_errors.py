@@ -44,6 +44,10 @@ def by_value(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
+        (lambda: attncompiler.attention(Q, Q, Q, score=lambda s, b, h, i, j: s + Q[0, 0, :, 0]), InvalidProgram,
+         "<lambda> is no expression of positions: the result has the shape [24]\n"
+         "  why: there is one number for each pair of a query and a key\n"
+         "  do:  read captured tensors at as many places as they have dimensions, as in bias[h, q_idx]"),
         (lambda: masks.window(3.5), OptionError, "window: left is 3.5\n  do:  give a whole number"),  # type: ignore[arg-type]
         (lambda: masks.grid((8, 8), 3.5), OptionError, "grid: window is 3.5\n  do:  give a whole number"),  # type: ignore[arg-type]
         (lambda: masks.disc((8, 8, 8), 3), OptionError, "disc of (8, 8, 8)\n  do:  give the grid as (rows, columns)"),

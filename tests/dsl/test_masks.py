@@ -40,6 +40,23 @@ def test_masks_are_pickled(mask: Mask) -> None:
     assert pickle.loads(pickle.dumps(again)).same_as(copy.deepcopy(mask), 2, 2, 24, 24)
 
 
+def test_a_pickled_mask_is_the_mask_whatever_its_arguments_have_become() -> None:
+    ends, shape, rules = torch.tensor([0, 20, 64]), [8, 8], {(1, 1): masks.causal()}
+    made = [masks.document(cu_seqlens=ends), masks.grid(shape, 3), masks.segments([24, 40], rules)]
+    ends[1], shape[0] = 40, 4
+    rules.clear()
+    for mask in made:
+        for again in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
+            assert again.same_as(mask, 1, 1, 64, 64)
+
+
+def test_a_pickled_mask_reads_what_a_module_shares_with_it() -> None:
+    seed = torch.tensor([3])
+    again, other = copy.deepcopy((masks.sampled(seed, [1.0, 0.5], 3), seed))
+    other.fill_(4)
+    assert again.same_as(masks.sampled(4, [1.0, 0.5], 3), 1, 1, 24, 24)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_sequences(seed: int) -> None:
     r = random.Random(seed)

@@ -91,6 +91,11 @@ def by_where_not(o: Tensor, gate: Tensor) -> Tensor:
     return torch.where((gate == 0).transpose(1, 2)[..., None], torch.zeros_like(o), o)
 
 
+def by_where_of_views(o: Tensor, gate: Tensor) -> Tensor:
+    b, n, h, d = o.transpose(1, 2).shape
+    return torch.where(gate[..., None] != 0, o.transpose(1, 2), torch.zeros_like(o.transpose(1, 2))).reshape(b, n, h * d)
+
+
 def by_masked_fill(o: Tensor, gate: Tensor) -> Tensor:
     return o.transpose(1, 2).contiguous().masked_fill(gate[..., None] == 0, 0).reshape(2, N, -1)
 
@@ -120,7 +125,7 @@ def test_taken(gate: Gate, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("apply", [by_where, by_where_not, by_masked_fill])
+@pytest.mark.parametrize("apply", [by_where, by_where_not, by_where_of_views, by_masked_fill])
 def test_outputs_may_be_chosen_and_not_multiplied(apply: Callable[[Tensor, Tensor], Tensor]) -> None:
     def f(x: Tensor, w: Tensor) -> Tensor:
         return apply(attend(x, w), scattered(x))
