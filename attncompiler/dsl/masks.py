@@ -222,7 +222,6 @@ _MAKERS: dict[str, Callable[..., Mask]] = {}
 
 def pickled(make: Callable[_Makes, Mask]) -> Callable[_Makes, Mask]:
     """What `make` gives remembers how it was made, so that it can be pickled: what a rule is made of inside can't be."""
-    _MAKERS[make.__name__] = make
 
     @functools.wraps(make)
     def remembered(*args: _Makes.args, **kwargs: _Makes.kwargs) -> Mask:
@@ -231,6 +230,7 @@ def pickled(make: Callable[_Makes, Mask]) -> Callable[_Makes, Mask]:
             object.__setattr__(mask, "_made", (make.__name__, *_as_now((args, kwargs), mask)))
         return mask
 
+    _MAKERS[make.__name__] = remembered
     return remembered
 
 
@@ -256,9 +256,7 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def _make(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mask:
-    mask = _MAKERS[name](*args, **kwargs)
-    object.__setattr__(mask, "_made", (name, args, kwargs))
-    return mask
+    return _MAKERS[name](*args, **kwargs)
 
 
 def as_mask(value: Mask | Callable[..., Any]) -> Mask:

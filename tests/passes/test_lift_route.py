@@ -107,6 +107,14 @@ def inputs() -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), w.requires_grad_()
 
 
+def agrees(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> None:
+    """Compiled as it is in eager, forward and gradients."""
+    right, ours = (g(x, w) for g in (f, torch.compile(f, backend="attncompiler", options={"inner": "aot_eager"})))
+    torch.testing.assert_close(ours, right)
+    grads = (torch.autograd.grad(out.square().sum(), (x, w)) for out in (ours, right))
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("apply", [by_mul, by_einsum])
 @pytest.mark.parametrize("gate", GATES)
 def test_taken(gate: Gate, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -119,10 +127,7 @@ def test_taken(gate: Gate, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert "  route " in region.ir and any("not computed" in note for note in region.notes)
     expected = f"{GATES[gate]} of queries and heads" if GATES[gate] else "how many is known at run time"
     assert any(f"Expected to be on: {expected}" in note for note in region.notes)
-    right, ours = (g(x, w) for g in (f, torch.compile(f, backend="attncompiler", options={"inner": "aot_eager"})))
-    torch.testing.assert_close(ours, right)
-    grads = (torch.autograd.grad(out.square().sum(), (x, w)) for out in (ours, right))
-    torch.testing.assert_close(*grads)
+    agrees(f, x, w)
 
 
 @pytest.mark.parametrize("apply", [by_where, by_where_not, by_where_of_views, by_masked_fill])
@@ -134,10 +139,7 @@ def test_outputs_may_be_chosen_and_not_multiplied(apply: Callable[[Tensor, Tenso
     torch._dynamo.reset()
     (region,) = attncompiler.explain(f, x, w).regions
     assert "  route   1 where active[b, h, q_idx]" in region.ir and any("heads are switched" in note for note in region.notes)
-    right, ours = (g(x, w) for g in (f, torch.compile(f, backend="attncompiler", options={"inner": "aot_eager"})))
-    torch.testing.assert_close(ours, right)
-    grads = (torch.autograd.grad(out.square().sum(), (x, w)) for out in (ours, right))
-    torch.testing.assert_close(*grads)
+    agrees(f, x, w)
 
 
 def scaled(x: Tensor) -> Tensor:
