@@ -175,10 +175,10 @@ def box_rows(predicate: Expr, tokens: int, boxes: GridTiles) -> list[_Row]:
     found = []
     for row in range(plan.q_tiles):
         visited = (coverage[row] != int(Coverage.EMPTY)).nonzero().squeeze(1)
-        begins, inner = [], plan.kv_tiles
-        for place, axis in enumerate(boxes.axes):
-            inner //= axis.reach
-            begins.append(origins[row, place] + visited // inner % axis.reach * (axis.columns * axis.dilation))
+        begins = [
+            origins[row, place] + visited // step % axis.reach * (axis.columns * axis.dilation)
+            for place, (axis, step) in enumerate(zip(boxes.axes, boxes.steps, strict=True))
+        ]
         keys, which = _tokens(boxes, begins, boxes.columns)
         cut = (coverage[row, visited] == int(Coverage.PARTIAL))[which].to(torch.int64)
         queries, _ = _tokens(boxes, [corner[row : row + 1] for corner in first], boxes.rows)

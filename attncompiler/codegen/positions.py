@@ -72,16 +72,15 @@ class TilePositions:
     def corner(self, tile: str) -> str:
         """What computes where a box begins."""
         numbers = [axis.reach if self.moves else axis.row_tiles for axis in self.tiles.axes]
-        inner = math.prod(numbers)
+        steps = self.tiles.steps if self.moves else tuple(math.prod(numbers[place + 1 :]) for place in range(len(numbers)))
         found = []
-        for letter, axis, number, side in zip(self._letters, self.tiles.axes, numbers, self._sides, strict=True):
-            inner //= number
-            digit = _digit(tile, inner, number, inner * number == math.prod(numbers))
+        for letter, axis, number, step, side in zip(self._letters, self.tiles.axes, numbers, steps, self._sides, strict=True):
+            digit = _digit(tile, step, number, step * number == math.prod(numbers))
             if self.moves:
                 start = f"origin_{letter} + {digit} * {side * axis.dilation}"
             elif axis.dilation > 1:
-                steps = axis.row_tiles // axis.dilation
-                start = f"({digit}) // {steps} + ({digit}) % {steps} * {side * axis.dilation}"
+                of_class = axis.row_tiles // axis.dilation
+                start = f"({digit}) // {of_class} + ({digit}) % {of_class} * {side * axis.dilation}"
             else:
                 start = f"{digit} * {side}"
             found.append(f"{self._stem}_{letter}_start = {start}")

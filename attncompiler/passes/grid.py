@@ -68,10 +68,11 @@ class GridAxis:
 @dataclass(frozen=True, slots=True)
 class GridTiles:
     """Tiles as boxes of a grid. Without axes: tiles are runs of tokens. `inside`: no tile of the side that moves sticks out of the
-    grid."""
+    grid. `halves`: each half of a tile of rows leaves out what the other alone needs."""
 
     axes: tuple[GridAxis, ...] = ()
     inside: bool = True
+    halves: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.axes)
@@ -89,6 +90,20 @@ class GridTiles:
     @property
     def row_tiles(self) -> int:
         return math.prod(axis.row_tiles for axis in self.axes)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Along each axis, how much higher the number of the next tile of a row's box is: tokens that are neighbours in memory come
+        first. With `halves` the axis that parts these does: what one half alone needs, what both need and what the other needs then
+        take short turns, and neither waits long for the other."""
+        places = list(reversed(range(len(self.axes))))
+        if self.halves:
+            places.sort(key=lambda place: place != split_axis(self.rows))
+        found, step = [1] * len(places), 1
+        for place in places:
+            found[place] = step
+            step *= self.axes[place].reach
+        return tuple(found)
 
     @property
     def rows_inside(self) -> bool:
@@ -352,7 +367,7 @@ PARTIAL = 1.45  # what a tile with a mask costs beside one without (docs/perform
 @functools.lru_cache(maxsize=512)
 def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys: bool = False, halves: bool = False) -> GridTiles:
     """Boxes of `rows` and `columns` tokens that leave the least to visit; ROWS where the predicate is not of a grid, or all of it
-    is met. `by_keys`: keys stay, queries move. `halves`: each half of a tile of rows leaves out what the other alone needs."""
+    is met. `by_keys`: keys stay, queries move. `halves`: as GridTiles has it."""
     rule = grid_rule(predicate, tokens)
     if rule is None:
         return ROWS
@@ -381,14 +396,14 @@ def choose_tiles(predicate: Expr, tokens: int, rows: int, columns: int, by_keys:
     if float(cost.min()) >= _ceil(tokens, rows) * _ceil(tokens, columns):
         return ROWS
     r, c = divmod(int((cost == cost.min()).to(torch.int8).argmax()), len(column_shapes))  # the first of the cheapest
-    return _tiles(rule, row_shapes[r], column_shapes[c], by_keys)
+    return _tiles(rule, row_shapes[r], column_shapes[c], by_keys, halves)
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_keys: bool) -> GridTiles:
+def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_keys: bool, halves: bool) -> GridTiles:
     axes = []
     inside = True
     for place, (length, r, c) in enumerate(zip(rule.lengths, rows, columns, strict=True)):
@@ -399,7 +414,7 @@ def _tiles(rule: GridRule, rows: tuple[int, ...], columns: tuple[int, ...], by_k
         met = count > 0
         last = origin + (count * c - 1) * boxes.dilation
         inside = inside and bool((origin[met] >= 0).all()) and bool((last[met] < length).all())
-    return GridTiles(tuple(axes), inside)
+    return GridTiles(tuple(axes), inside, halves)
 
 
 def split_axis(box: tuple[int, ...]) -> int:
@@ -425,15 +440,16 @@ def box_coverage(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool) 
     rule = grid_rule(predicate, tokens)
     assert rule is not None
     lengths = [axis.row_tiles for axis in tiles.axes]
-    coverage = torch.full((1, 1), 2 if rule.rest == TRUE else 1, dtype=torch.int8)
+    numbers = torch.arange(math.prod(axis.reach for axis in tiles.axes))
+    coverage = torch.full((1, len(numbers)), 2 if rule.rest == TRUE else 1, dtype=torch.int8)
     origins = []
-    for place, axis in enumerate(tiles.axes):
+    for place, (axis, step) in enumerate(zip(tiles.axes, tiles.steps, strict=True)):
         boxes = _boxes(rule, place, axis.rows, by_keys)
         assert boxes is not None
         origin, count, first, last = (x[:, None] for x in boxes.cut(axis.columns))
-        step = torch.arange(axis.reach)
-        along = (step < count).to(torch.int8) + ((first <= step) & (step < last)).to(torch.int8)
-        coverage = torch.minimum(coverage[:, None, :, None], along[None, :, None, :]).flatten(2).flatten(0, 1)
+        at = torch.arange(axis.reach)
+        along = (at < count).to(torch.int8) + ((first <= at) & (at < last)).to(torch.int8)
+        coverage = torch.minimum(coverage[:, None], along[None, :, numbers // step % axis.reach]).flatten(0, 1)
         spread = [1] * len(lengths)
         spread[place] = lengths[place]
         origins.append(origin.reshape(spread).expand(lengths).reshape(-1))
@@ -446,21 +462,21 @@ def box_coverage(predicate: Expr, tokens: int, tiles: GridTiles, by_keys: bool) 
 def _looked_at(across: Expr, tiles: GridTiles, coverage: Tensor, origins: Tensor, by_keys: bool) -> Tensor:
     """The same, with what bounds of `across` over every tile that is met say of it."""
     row, column = (KV_IDX, Q_IDX) if by_keys else (Q_IDX, KV_IDX)
-    rows, steps = (coverage > 0).nonzero(as_tuple=True)
+    rows, numbers = (coverage > 0).nonzero(as_tuple=True)
     leaves: dict[Expr, Interval] = {}
     sticks_out = torch.zeros_like(rows, dtype=torch.bool)
-    inner_rows, inner_steps = tiles.row_tiles, coverage.shape[1]
-    for place, axis in enumerate(tiles.axes):
-        inner_rows, inner_steps = inner_rows // axis.row_tiles, inner_steps // axis.reach
+    inner_rows = tiles.row_tiles
+    for place, (axis, step) in enumerate(zip(tiles.axes, tiles.steps, strict=True)):
+        inner_rows //= axis.row_tiles
         first = rows // inner_rows % axis.row_tiles * axis.rows
         leaves[coordinate(row, place)] = Interval(first, (first + axis.rows - 1).clamp(max=axis.length - 1))
-        begin = origins[rows, place] + steps // inner_steps % axis.reach * axis.columns
+        begin = origins[rows, place] + numbers // step % axis.reach * axis.columns
         end = begin + axis.columns - 1
         sticks_out |= (begin < 0) | (end >= axis.length)
         leaves[coordinate(column, place)] = Interval(begin.clamp(0, axis.length - 1), end.clamp(0, axis.length - 1))
     found = bounds(across, leaves)
     kind = found.hi.to(torch.int8) + (found.lo & ~sticks_out).to(torch.int8)
-    coverage[rows, steps] = torch.minimum(coverage[rows, steps], kind)
+    coverage[rows, numbers] = torch.minimum(coverage[rows, numbers], kind)
     return coverage
 
 

@@ -38,14 +38,13 @@ def _axis_coverage(boxes: AxisBoxes, length: int, column: int) -> Tensor:
 
 def placed(plan: TilePlan, tiles: GridTiles) -> TilePlan:
     """A plan in boxes that begin where the mask does, on the lattice of their shape: each tile is drawn where its middle lies."""
-    steps = torch.arange(plan.kv_tiles)
+    numbers = torch.arange(plan.kv_tiles)
     cell = torch.zeros(plan.q_tiles, plan.kv_tiles, dtype=torch.int64)
-    inner, cells = plan.kv_tiles, 1
-    for place, axis in enumerate(tiles.axes):
-        inner //= axis.reach
+    cells = 1
+    for place, (axis, step) in enumerate(zip(tiles.axes, tiles.steps, strict=True)):
         origin = plan.origins[:, place, None].to(torch.int64)
         residue = origin % axis.dilation
-        middle = (origin - residue) // axis.dilation + steps // inner % axis.reach * axis.columns + axis.columns // 2
+        middle = (origin - residue) // axis.dilation + numbers // step % axis.reach * axis.columns + axis.columns // 2
         along = -(-axis.places // axis.columns)
         cell = (cell * axis.dilation + residue) * along + (middle // axis.columns).clamp(0, along - 1)
         cells *= axis.dilation * along

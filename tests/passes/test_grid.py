@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,10 +64,10 @@ def _digits(number: int, sizes: list[int]) -> list[int]:
     return found[::-1]
 
 
-def _check(mask: Mask, tokens: int, rows: int, columns: int, by_keys: bool) -> bool:
+def _check(mask: Mask, tokens: int, rows: int, columns: int, by_keys: bool, halves: bool) -> bool:
     """False where tiles are no boxes."""
     predicate = predicate_of(mask, tokens)
-    tiles = choose_tiles(predicate, tokens, rows, columns, by_keys)
+    tiles = choose_tiles(predicate, tokens, rows, columns, by_keys, halves)
     if not tiles:
         return False
     kept = mask.dense(1, 1, tokens, tokens)[0, 0]
@@ -80,7 +81,7 @@ def _check(mask: Mask, tokens: int, rows: int, columns: int, by_keys: bool) -> b
             starts.append(digit // steps + digit % steps * axis.rows * axis.dilation)
         stays = torch.tensor([t for t in _tokens(starts, tiles.rows, tiles) if t >= 0], dtype=torch.int64)
         for step in coverage[row].nonzero().flatten().tolist():
-            digits = _digits(step, [axis.reach for axis in tiles.axes])
+            digits = [step // size % axis.reach for size, axis in zip(tiles.steps, tiles.axes, strict=True)]
             corner = [
                 int(o) + digit * axis.columns * axis.dilation
                 for o, digit, axis in zip(origins[row], digits, tiles.axes, strict=True)
@@ -102,8 +103,17 @@ def test_boxes_hold_what_is_kept(seed: int) -> None:
     boxed = 0
     for _ in range(20):
         mask, tokens = _random_mask(rng)
-        boxed += _check(mask, tokens, rng.choice([16, 32]), rng.choice([16, 32]), rng.random() < 0.5)
+        rows, columns, (by_keys, halves) = rng.choice([16, 32]), rng.choice([16, 32]), rng.choices([True, False], k=2)
+        boxed += _check(mask, tokens, rows, columns, by_keys, halves)
     assert boxed > 3
+
+
+def test_halves_take_short_turns() -> None:
+    """A row of 16 x 8 tokens is parted along y: tiles are counted along y first, then what either half needs alone is never far."""
+    mask = masks.grid((128, 128), 17)
+    tiles = choose_tiles(predicate_of(mask, 16384), 16384, 128, 64, by_keys=True, halves=True)
+    assert tiles.rows == (16, 8) and tiles.steps == (1, tiles.axes[0].reach)
+    assert replace(tiles, halves=False).steps == (tiles.axes[1].reach, 1)
 
 
 @pytest.mark.parametrize("by_keys", [False, True])
