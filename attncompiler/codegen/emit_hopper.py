@@ -6,23 +6,30 @@ import math
 
 from attncompiler.codegen.emission import Emission, corner, halved, parameters_of, vector_reads
 from attncompiler.codegen.hopper import (
+    bring,
+    brought,
     element_type,
     every_tile,
     head_of,
     listed,
     of_group,
     passed_on,
+    read_brought,
     row_holes,
     with_literals,
 )
 from attncompiler.codegen.kept_scores import kept_scores
+from attncompiler.codegen.positions import TilePositions
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import pointer_name, triton
-from attncompiler.ir.expr import Q_IDX, Expr
+from attncompiler.ir.expr import KV_IDX, Q_IDX, Expr, Read
 from attncompiler.templates import hopper_by_list, hopper_forward, hopper_rows
 
 KERNEL = "attention_forward"
-_LOAD = "slot, phase = _load_tile({K}, {V}, rings, barriers, sizes, (b, h, tile{origin_names}), slot, phase)"
+_LOAD = """
+{after}
+slot, phase = _load_tile({K}, {V}, rings, barriers, operands, (b, h, tile, masked, after{origin_names}), slot, phase)
+"""
 
 
 def hopper_forward_source(e: Emission) -> str:
@@ -30,7 +37,10 @@ def hopper_forward_source(e: Emission) -> str:
     q, k, v = (e.vectors[read] for read in vector_reads(e.program))
     names = e.names(KERNEL, frozenset({"q_idx"}))
     before = e.preload(names, frozenset({"b", "h", "q_idx"}), extra=True)
-    masked_reads, masked, masked_scale = _scores(e, names.loaded, True)
+    read = brought(e, KV_IDX)
+    masked_reads, masked, masked_scale = _scores(e, names.loaded if read is None else {**names.loaded, read: "brought"}, True)
+    if read is not None:
+        masked_reads = f"{read_brought('k_slot')}\n{masked_reads}"
     reads, full, scale = _scores(e, names.loaded, False)
     extra = []
     for expr in e.program.weigh.extra:
@@ -48,18 +58,25 @@ def hopper_forward_source(e: Emission) -> str:
     key_positions = moving.lines("tile", "kv_start", "keys")
     key_positions = key_positions if moving.tiles else f"kv_start = tile * BLOCK_N\n{key_positions}"
     q_tiles = str(queries.tiles.row_tiles) if queries.tiles else "gl.cdiv(M, BLOCK_M)"
-    row = row_holes(e, KERNEL, "q_tile", f"B * H * {q_tiles}")
+    row = row_holes(e, KERNEL, "q_tile", f"B * H * {q_tiles}", ranges=True)
     pointers = {name: pointer_name(vector.name) for name, vector in (("Q", q), ("K", k), ("V", v))}
     load = fill(_LOAD, **pointers, **row)
     q_tile = halved(e.box(KERNEL, Q_IDX))
     ways = _queries_and_outputs(e, {**pointers, **row})
     holes = {**row, **pointers, **ways, "query_corner": queries.corner("q_tile"), "q_tiles": q_tiles}
     if e.has_queue(KERNEL):
-        holes["first_words"] = hopper_rows.FIRST_WORDS.replace("[4]", "[1]")
+        holes["first_words"] = row["first_words"].replace("[4]", "[1]")
         every = every_tile(fill(hopper_forward.POST_NEXT, **row) + load)
         loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
     else:
         loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
+    read_label = fill(hopper_rows.READ_LABEL, slot="k_slot")
+
+    def tile(reads: str, scores: str, scale: str) -> str:
+        return fill(
+            hopper_forward.TILE, read_label=read_label, key_positions=key_positions, reads=reads, scores=scores, scale=scale
+        )
+
     text = fill(
         hopper_forward.KERNEL,
         loads=loads,
@@ -71,8 +88,10 @@ def hopper_forward_source(e: Emission) -> str:
         masked_reads=masked_reads,
         masked_scores=masked,
         masked_scale=masked_scale,
-        partial_tile=fill(hopper_forward.TILE, key_positions=key_positions, reads=masked_reads, scores=masked, scale=masked_scale),
-        full_tile=fill(hopper_forward.TILE, key_positions=key_positions, reads=reads, scores=full, scale=scale),
+        partial_tile=tile(masked_reads, masked, masked_scale),
+        full_tile=tile(reads, full, scale),
+        read_label=read_label,
+        **_copies(e, read, moving),
         extra_scores="\n".join(extra),
         denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.zero_if_empty else "l_i",
         key_positions=key_positions,
@@ -97,6 +116,21 @@ def hopper_forward_source(e: Emission) -> str:
             "{dtype}": element_type(e),
         },
     )
+
+
+def _copies(e: Emission, read: Read | None, keys: TilePositions) -> dict[str, str]:
+    """How what the mask reads of each key comes with a tile of keys."""
+    if read is None:
+        return {"copied_positions": "", "copies": "", "brought_ring": "", "brought_passed": "None", "k_arrivals": "2"}
+    return {
+        "copied_positions": fill(
+            hopper_forward.COPIED_POSITIONS, key_positions=keys.lines("tile", "tile * BLOCK_N", "gl.arange(0, BLOCK_N, FOURS)")
+        ),
+        "copies": f"{bring(e, read, KV_IDX)}\nasync_copy.mbarrier_arrive(k_ready.index(slot), increment_count=False)",
+        "brought_ring": fill(hopper_rows.BRING_RING, tokens="BLOCK_N"),
+        "brought_passed": "brought_ring",
+        "k_arrivals": "34",  # the load, the label, and the copies of each thread
+    }
 
 
 def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
@@ -131,7 +165,7 @@ def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
         "list_buffers": fill(hopper_by_list.BUFFERS, gains=hopper_by_list.GAINS if by_list.gains else ""),
         "taking_warp": fill(
             hopper_by_list.TAKING_WARP,
-            first_words=hopper_rows.FIRST_WORDS.replace("[4]", "[1]"),
+            first_words=holes["first_words"].replace("[4]", "[1]"),
             next_words=hopper_rows.NEXT_WORDS,
             gain_names=", gains, Gain, gain_b, gain_h, gain_m" if by_list.gains else "",
             take_gains=hopper_by_list.TAKE_GAINS if by_list.gains else "",

@@ -6,22 +6,23 @@ from attncompiler.codegen.emission import Emission, Vector, corner, element_grad
 from attncompiler.codegen.emit_backward import KEYS, gradient_text, pair_gradients, row_statistics, scaled
 from attncompiler.codegen.group_bounds import group_test
 from attncompiler.codegen.hopper import (
+    bring,
+    brought,
     element_type,
     every_tile,
     head_of,
     listed,
     of_group,
     passed_on,
+    read_brought,
     row_holes,
     with_literals,
 )
 from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
-from attncompiler.codegen.tile_bounds import FlatNames
-from attncompiler.codegen.triton_expr import Names, pointer_name, stride_name, triton
-from attncompiler.ir.expr import KV_IDX, Q_IDX, Axis, Const, Dot, Expr, Read, axes_of, reads_of
-from attncompiler.ir.program import Dtype
-from attncompiler.templates import hopper_backward, softmax_backward
+from attncompiler.codegen.triton_expr import Names, pointer_name
+from attncompiler.ir.expr import KV_IDX, Q_IDX, Dot, Expr, Read
+from attncompiler.templates import hopper_backward, hopper_rows, softmax_backward
 
 
 def hopper_backward_source(e: Emission, kernel: str) -> str:
@@ -29,9 +30,8 @@ def hopper_backward_source(e: Emission, kernel: str) -> str:
     return _Side(e, kernel).source()
 
 
-_MOST_HANDED = (
-    208  # bytes of parameters, which lie in shared memory too: with 128 channels the ring then still fits (232440 of 232448)
-)
+# Bytes of parameters, which lie in shared memory too: with 128 channels the ring of what is brought then still fits.
+_MOST_HANDED = 200
 
 
 class _Side:
@@ -52,6 +52,7 @@ class _Side:
         self.along = "[None, :]" if self.by_keys else "[:, None]"  # of what there is one of for each query
         wanted = e.layout.wanted
         self.sums: list[Vector] = [x for x in ((self.v, self.k) if self.by_keys else (self.q,)) if x.name in wanted]
+        self.sent = [vector for vector in self.sums if vector.name in e.layout.described]  # those that go out by TMA
         of_side = "kv" if self.by_keys else "q"
         self.elements = [r for r in element_gradients(e.program, wanted) if side_of(r) == of_side]
         self.factors: dict[str, float] = {}
@@ -66,12 +67,14 @@ class _Side:
         before = self.e.preload(names, frozenset({"b", "h", self.stays.axis.name}))
         operands = self._operands()
         all_rows = f"B * {operands['held_heads']} * {operands['row_tiles']}"
-        holes = {**row_holes(self.e, self.kernel, self.row_tile, all_rows), **operands, **self._statistics()}
-        holes |= self._outputs(holes)
+        rows = row_holes(self.e, self.kernel, self.row_tile, all_rows, ranges=False)
+        holes = {**rows, **operands, **self._copies(), "find_needed": self._find_needed()}
+        holes |= self._outputs(holes) | self._sends(holes)
         load = fill(hopper_backward.LOAD_TILE, **holes)
         parts = [
             fill(hopper_backward.LOADS, every_tile=every_tile(load), **holes),
-            fill(hopper_backward.ROWS, every_tile=every_tile(self._tile(names.loaded)), before=before, **self._ends(), **holes),
+            fill(hopper_backward.ROWS, tile=self._tile(names.loaded), before=before, **self._ends(), **holes),
+            holes["sending_warp"],
             fill(hopper_backward.KERNEL, **holes),
         ]
         literals = {"{streamed_rows}": self.streamed_rows, "{stages}": self.schedule.num_stages}
@@ -92,7 +95,7 @@ class _Side:
             "kernel": self.kernel,
             "side": section,
             "parameters": signature(parameters),
-            "operands": ", ".join(passed_on(e, self.kernel)),
+            "operands": ", ".join(name for name in passed_on(e, self.kernel) if name not in self._sent_names()),
             "row_tile": self.row_tile,
             "row_tiles": self._row_tiles(),
             "row_corner": self.stays.corner(self.row_tile) if self.stays.tiles else "",
@@ -122,65 +125,91 @@ class _Side:
         start = "q_start" if self.by_keys else "kv_start"
         return f"{start} = tile * {rows}\n{side.lines(tile, start, within)}"
 
-    def _statistics(self) -> dict[str, str]:
-        """How the groups come by reference and delta: with each tile of queries, or once for their own."""
-        if not self.by_keys:
-            return {
-                "load_statistics": "", "store_statistics": "", "statistics_ring": "", "statistics_rings": "statistics_ring",
-                "statistics_passed": "None", "statistics": "None", "ready_count": "1",
-            }  # fmt: skip
-        positions = self._positions(f"gl.arange(0, {self.streamed_rows}, PAIRS)", held=False)
+    def _copies(self) -> dict[str, str]:
+        """What the loading warp copies beside a tile: the reference and delta of its queries, and what the mask reads."""
         stages, layout = self.schedule.num_stages, "gl.SwizzledSharedLayout(1, 1, 1, [0])"
-        rings = [f"statistics_ring = gl.allocate_shared_memory(gl.float32, [{2 * stages}, {self.streamed_rows}], {layout})"]
-        operands, bring, store = "", "", ""
+        positions, copies, rings = [], [], []
+        if self.by_keys:
+            positions.append(hopper_backward.STATISTICS_AT)
+            copies.append(self._copied_statistics())
+            rings.append(f"statistics_ring = gl.allocate_shared_memory(gl.float32, [{2 * stages}, {self.streamed_rows}], {layout})")
         if self.brought is not None:
-            rings.append(f"brought_ring = gl.allocate_shared_memory(gl.int32, [{stages}, {self.streamed_rows}], {layout})")
-            names = FlatNames(self.e.program, {}, bounds=frozenset({"q_idx"}))
-            store = f"brought_ring.index(slot).store({triton(self.brought, names)})"
-            bring = "\n".join(names.lines)
-            strides = [stride_name(self.brought.tensor, place) for place in range(len(self.brought.index))]
-            operands = ", " + ", ".join([pointer_name(self.brought.tensor), *strides])
-        names_of_rings = "statistics_ring, brought_ring" if self.brought is not None else "statistics_ring"
-        load = fill(hopper_backward.LOAD_STATISTICS, moving_positions=positions, brought_from=operands, bring=bring)
+            copies.append(bring(self.e, self.brought, self.moves.axis))
+            rings.append(fill(hopper_rows.BRING_RING, stages=str(stages), tokens=str(self.streamed_rows)))
+        if copies:
+            moving = self._positions(f"gl.arange(0, {self.streamed_rows}, PAIRS)", held=False)
+            positions.insert(0, fill(hopper_backward.COPIED_POSITIONS, moving_positions=moving))
+            copies.append(hopper_backward.COPIED)
+        passed = "statistics_ring" if self.by_keys else "None", "None" if self.brought is None else "brought_ring"
         return {
-            "load_statistics": load,
-            "store_statistics": fill(hopper_backward.STORE_STATISTICS, store_brought=store),
-            "statistics_ring": "\n".join(rings),
-            "statistics_rings": names_of_rings,
-            "statistics_passed": names_of_rings,
-            "statistics": f"(Reference, Delta{operands})",
-            "ready_count": "2",
+            "copied_positions": "\n".join(positions),
+            "copies": "\n".join(copies),
+            "rings": "\n".join(rings),
+            "rings_passed": ", ".join(passed),
+            "ready_count": "34" if copies else "2",  # the loads, the label, and the copies of each thread
+        }
+
+    def _copied_statistics(self) -> str:
+        if self.moves.tiles and self.moves.tiles.inside:
+            return hopper_backward.COPY_STATISTICS
+        all_inside = "gl.max(q_idx, 0) < M" if self.moves.tiles else f"q_start + {self.streamed_rows} <= M"
+        return fill(hopper_backward.COPY_STATISTICS_AT_EDGES, all_inside=all_inside, copy=hopper_backward.COPY_STATISTICS)
+
+    def _sent_names(self) -> list[str]:
+        return [f"Grad_{vector.name}" for vector in self.sent]
+
+    def _sends(self, holes: dict[str, str]) -> dict[str, str]:
+        """The warp that sends gradients, where they go out by TMA."""
+        if not self.sent:
+            return {
+                "sending_warp": "", "sends": "", "row_readers": "2", "freeing": "2", "workers": "4, 1", "registers": "240, 24",
+            }  # fmt: skip
+        many = self.members > 1
+        head = f"h // {self.members}" if many else "h"
+        at = of_group(self.stays, f"{self.row_tile} * {self.held_rows}", self._held_box(), "part")
+        send = [
+            fill(hopper_backward.SEND_TILE, name=vector.name, at=corner(head, self.members, at), place=self._place_of(vector))
+            for vector in self.sent
+        ]
+        names = ", ".join(self._sent_names())
+        send_row = fill(hopper_backward.SEND_ROW, send="\n".join(piece.strip() for piece in send), **holes)
+        if many:
+            send_row = fill(hopper_backward.SEND_LAST, members=str(self.members), send_row=send_row)
+        words = {**holes, "first_words": holes["first_words"].replace("[4]", "[1]")}
+        warp = fill(hopper_backward.SENDS, sent=names, send_row=send_row, **words)
+        return {
+            "sending_warp": warp,
+            "sends": f"(_sends_{holes['side']}, ({names}, held, written, messages, H)),",
+            "row_readers": "3",
+            "freeing": "1",
+            "workers": "4, 1, 1",
+            "registers": "240, 24, 24",
         }
 
     def _outputs(self, holes: dict[str, str]) -> dict[str, str]:
         """How the kernel for queries comes by O, where it makes delta."""
         if not self.makes_delta:
-            return {"outputs": "", "unpack_rings": "", "load_outputs": ""}
+            return {"outputs": "", "load_outputs": ""}
         halves = {}
         for half, part in (("first", "0"), ("second", "1")):
             at = of_group(self.stays, f"{self.row_tile} * {self.held_rows}", self.e.box(self.kernel, Q_IDX), part)
             halves[f"{half}_half_at"] = corner("h", 1, at)
         return {
             "outputs": ", O",
-            "unpack_rings": f"first_ring, second_ring, ready, free, {holes['statistics_rings']} = stream",
-            "load_outputs": fill(hopper_backward.LOAD_OUTPUTS, **halves, held_box=holes["held_box"]),
+            "load_outputs": fill(
+                hopper_backward.LOAD_OUTPUTS,
+                **halves,
+                held_box=holes["held_box"],
+                copied=hopper_backward.COPIED if holes["copies"] else "",  # each slot of the ring is arrived at as often
+            ),
         }
 
     def _brought(self) -> Read | None:
-        """What the loading warp brings with a tile of queries, for masked tiles: the first number of each query that the mask alone
-        reads, if shared memory has room for it."""
+        """What the loading warp brings with a tile for the mask, if shared memory has room for it."""
         parameters = [name for name in parameters_of(self.e, "keys") if not name.startswith("BLOCK_")]
         handed = sum(8 if name[0].isupper() and not name.endswith("_ranges") else 4 for name in parameters)
-        if not self.by_keys or (self.q.size > 64 and handed > _MOST_HANDED):
-            return None
-        program = self.e.program
-        score = {read for expr in (program.score, self.e.kept_score) for read in reads_of(expr)}
-        for read in reads_of(program.keep.predicate):
-            plain = all(isinstance(entry, Axis | Const) for entry in read.index)
-            of_queries = "q_idx" in axes_of(read) and "kv_idx" not in axes_of(read)
-            if plain and of_queries and program.decls[read.tensor].dtype is Dtype.I32 and read not in score:
-                return read
-        return None
+        fits = self.q.size <= 64 or not self.by_keys or handed <= _MOST_HANDED
+        return brought(self.e, self.moves.axis) if fits else None
 
     def _tile(self, loaded: dict[Expr, str]) -> str:
         names = self.e.names(self.kernel, frozenset({"q_idx"} | (set() if self.e.whole_key_tiles(self.kernel) else {"kv_idx"})))
@@ -192,7 +221,7 @@ class _Side:
         reads = list(names.lines)
         if self.brought is not None:
             names.loaded[self.brought] = "brought"
-            names.lines.append("brought = brought_ring.index(slot).load(gl.SliceLayout(0, SCORES))[None, :]")
+            names.lines.append(read_brought("slot"))
         masked = self._weights(names, True)
         weights = _where_masked(
             "\n".join([*names.lines[len(reads) :], masked]), kept
@@ -209,13 +238,20 @@ class _Side:
             values=self._values(),
             outstanding="1" if self._values() else "0",
             gradients="\n".join(gradients),
+            moving_positions=self._positions("within", held=False),
+            reads="\n".join(reads),
         )
-        needed = ""
         if self.test.may:
-            needed = fill(hopper_backward.NEEDED, bounds=self.test.lines, may=self.test.may)
             products = fill(hopper_backward.WHERE_NEEDED, products=products)
-        positions = self._positions("within", held=False)
-        return fill(hopper_backward.TILE, moving_positions=positions, reads="\n".join(reads), needed=needed, products=products)
+        return fill(hopper_backward.TILE, products=products, read_label=fill(hopper_rows.READ_LABEL, slot="slot"))
+
+    def _find_needed(self) -> str:
+        """How the loading warp knows which group needs a tile."""
+        if not self.test.may:
+            return "needed = 3"
+        lines = f"{self.test.row_lines}\n{self.test.lines}".replace("PART", "part")
+        row_corner = self.stays.corner(self.row_tile) if self.stays.tiles else ""
+        return fill(hopper_backward.FIND_NEEDED, row_corner=row_corner, bounds=lines, may=self.test.may)
 
     def _weights(self, names: Names, masked: bool) -> str:
         """What makes the weights of a tile from its products."""
@@ -265,18 +301,13 @@ class _Side:
         if self.members > 1:
             start = [f"{name} = gl.where(h % {self.members} == 0, no_sums, {name})" for name in sums]
         start += [f"d_{tag(self.e, r)} = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))" for r in self.elements]
-        start.append(self.test.row_lines)
         reference, store_delta = row_statistics(self.e)
         if not self.by_keys:
             start += [
                 "rows = (b.to(tl.int64) * H + h) * M + q_idx",
                 reference if self.makes_delta else softmax_backward.LOAD_DELTA.strip(),
             ]
-        sent = self._sent()
-        free_before = hopper_backward.FREE_BEFORE.strip() if sent else ""
-        if free_before and self.members > 1:  # only the first of the heads finds another row's gradients on their way
-            free_before = free_before.replace("pred=place > 0", f"pred=(place > 0) & (h % {self.members} == 0)")
-        start += [free_before, "mbarrier.wait(held_ready.index(at), place // 2 % 2)"]
+        start.append("mbarrier.wait(held_ready.index(at), place // 2 % 2)")
         start += [f"{place} = {place}_held.index(at).reshape([64, {{d}}])" for place in ("first", "second")]
         if self.makes_delta:
             held_box = listed(self.e.descriptor_block(self.kernel, "DO"))
@@ -284,42 +315,38 @@ class _Side:
         return {
             "no_sums": "\n".join(f"{name} = no_sums" for name in sums) if self.members > 1 else "",
             "start": "\n".join(filter(None, start)),
-            "finish": self._finish(sent),
-            "drain": "tma.store_wait(0)" if sent else "",
+            "finish": self._finish(),
         }
 
-    def _sent(self) -> list[Vector]:
-        """The gradients that go out by TMA."""
-        return [vector for vector in self.sums if vector.name in self.e.layout.described]
+    def _held_box(self) -> tuple[int, ...]:
+        return self.e.box(self.kernel, KV_IDX if self.by_keys else Q_IDX)
 
-    def _finish(self, sent: list[Vector]) -> str:
+    def _place_of(self, vector: Vector) -> str:
+        """In the place of which side a gradient goes out."""
+        return "second" if vector is self.v else "first"
+
+    def _finish(self) -> str:
         """What a row leaves: elements of each head, then what its heads have summed."""
         e, axis, end = self.e, self.stays.axis.name, "N" if self.by_keys else "M"
         rows = f"(b.to(tl.int64) * H + h) * {end} + {axis}"
         lines = [f"tl.store(Grad_{tag(e, r)} + {rows}, d_{tag(e, r)}, mask={axis} < {end})" for r in self.elements]
         head = f"h // {self.members}" if self.members > 1 else "h"
-        held_box = e.box(self.kernel, KV_IDX if self.by_keys else Q_IDX)
-        at = corner(head, self.members, of_group(self.stays, f"{self.row_tile} * {self.held_rows}", held_box, "PART"))
-        places = {vector.name: place for vector, place in zip((self.k, self.v), ("first", "second"), strict=True)}
-        stored, going = [], []
+        stored = []
         for vector in self.sums:
             value = scaled(f"d{vector.name}", self.factors.get(vector.name, 1.0))
-            place = places.get(vector.name, "first")
-            if vector in sent:
-                stored.append(fill(hopper_backward.STORE_TILE, place=place, value=value))
-                going.append(fill(hopper_backward.SEND_TILE, name=vector.name, at=at, place=place))
+            if vector in self.sent:
+                stored.append(fill(hopper_backward.STORE_TILE, place=self._place_of(vector), value=value))
             else:
                 head_text = f"({head})" if self.members > 1 else head
                 stored.append(fill(hopper_backward.STORE, axis=axis, name=vector.name, head=head_text, end=end, value=value))
-        pieces = [*stored, *(["fence_async_shared()"] if sent else []), *going]
-        store = "\n".join(piece.strip("\n") for piece in pieces)
-        if sent:
-            store = f"{self.stays.corner(self.row_tile)}\n{store}" if self.stays.tiles else store
+        if self.sent:
+            stored += ["fence_async_shared()", "mbarrier.arrive(written.index(at))"]
+        else:
+            stored.insert(0, "mbarrier.arrive(held_free.index(place % 2))")
+        store = "\n".join(piece.strip("\n") for piece in stored)
         if self.members == 1:
-            free = [] if sent else ["mbarrier.arrive(held_free.index(at))"]
-            return "\n".join([*lines, *free, store, "place += 1"])
+            return "\n".join([*lines, store, "place += 1"])
         lines.append(f"last = h % {self.members} == {self.members - 1}")
-        lines += [] if sent else ["mbarrier.arrive(held_free.index(at), pred=last)"]
         return "\n".join([*lines, fill("if last:\n    {store}", store=store), "place += last.to(gl.int32)"])
 
 

@@ -12,13 +12,15 @@ from triton.experimental.gluon import language as gl
 from attncompiler.codegen.emission import Emission, Vector, halved, list_parameters, parameters_of
 from attncompiler.codegen.positions import TilePositions
 from attncompiler.codegen.text import fill
-from attncompiler.codegen.triton_expr import HELPERS, TABLES, pointer_name
+from attncompiler.codegen.tile_bounds import FlatNames
+from attncompiler.codegen.triton_expr import HELPERS, TABLES, element_address, pointer_name
+from attncompiler.ir.expr import Q_IDX, Axis, Const, Read, axes_of, reads_of
 from attncompiler.ir.program import Dtype
 from attncompiler.passes.grid import split_axis
 from attncompiler.templates import hopper_rows
 
 REGISTERS = 168  # a thread's share of 64K over 12 warps; the groups that compute take what the loading warp gives back
-_WORDS = 11  # numbers that tell a row, origins aside
+_WORDS, _FEW_WORDS = 11, 4  # numbers that tell a row, origins aside; and what groups need of them that follow no plan
 # Which row an item is, of `tiles` for each head.
 _IN_TURNS = {"place": "head, rank = _place(item, tiles, last // tiles)", "Queue": "", "queue": ""}
 _QUEUED = {"place": "next_row = gl.load(queue + 1 + item)\nhead, rank = next_row // tiles, next_row % tiles",
@@ -46,7 +48,6 @@ def hopper_source(e: Emission, kernels: list[str]) -> str:
         plan_row=e.plan_row("rank", "tiles"),
         origins=moving.origins,
         origin_names="".join(f", {name}" for name in origins),
-        words=str(_WORDS + len(origins)),
         Origins=", Origins" if origins else "",
     )
     helpers = [_TANH if name == "tanh" else HELPERS[name].replace("@triton.jit", "@gluon.jit") for name in sorted(e.helpers)]
@@ -71,21 +72,27 @@ def origin_names(moving: TilePositions) -> list[str]:
     return [line.split(" = ")[0] for line in moving.origins.splitlines()]
 
 
-def row_holes(e: Emission, kernel: str, row_tile: str, all_rows: str) -> dict[str, str]:
-    """What the loading warp and the groups know of a row; `all_rows`: how many there are."""
+def row_holes(e: Emission, kernel: str, row_tile: str, all_rows: str, ranges: bool) -> dict[str, str]:
+    """What the loading warp and the groups know of a row; `all_rows`: how many there are. `ranges`: a message has those of its tiles."""
+    words = _WORDS if ranges else _FEW_WORDS
     queries, keys = e.positions(kernel)
     moving = queries if queries.moves else keys
     origins = origin_names(moving)
+    message = 16 if ranges else 8
     return {
-        "first_words": hopper_rows.FIRST_WORDS,
+        "message": str(message),
+        "words": str(words + len(origins)),
+        "no_more": f"(-1{', 0' * (words + len(origins) - 1)})",
+        "first_words": fill(hopper_rows.FIRST_WORDS, message=str(message)),
         "next_words": hopper_rows.NEXT_WORDS,
+        "read_ranges": hopper_rows.READ_RANGES,
+        "after": hopper_rows.AFTER,
         "read_row": fill(
             hopper_rows.READ_ROW,
             row_tile=row_tile,
-            origin_words="\n".join(f"{name} = _word(words, places, {place})" for place, name in enumerate(origins, _WORDS)),
+            origin_words="\n".join(f"{name} = _word(words, places, {place})" for place, name in enumerate(origins, words)),
         ),
         "origin_names": "".join(f", {name}" for name in origins),
-        "no_origins": ", 0" * len(origins),
         "Origins": ", Origins" if origins else "",
         "rows_to_take": all_rows,
         **(_QUEUED if e.has_queue(kernel) else _IN_TURNS),
@@ -100,6 +107,31 @@ def _items(e: Emission, kernel: str) -> dict[str, str]:
                 "shares": "Shares + gl.program_id(0)"}  # fmt: skip
     counter = "NextRow + 1" if kernel == "attention_backward_keys" else "NextRow"
     return {"first_item": "gl.program_id(0)", "next_item": "item = gl.atomic_add(shares, 1) + step", "shares": counter}
+
+
+def brought(e: Emission, axis: Axis) -> Read | None:
+    """What the loading warp brings with a tile of tokens on `axis`, for masked tiles: the first number of each token that the mask
+    alone reads."""
+    program = e.program
+    score = {read for expr in (program.score, e.kept_score) for read in reads_of(expr)}
+    for read in reads_of(program.keep.predicate):
+        plain = all(isinstance(entry, Axis | Const) for entry in read.index)
+        alone = {axis.name} <= axes_of(read) <= {axis.name, "b", "h"}
+        if plain and alone and program.decls[read.tensor].dtype is Dtype.I32 and read not in score:
+            return read
+    return None
+
+
+def bring(e: Emission, read: Read, axis: Axis) -> str:
+    """The copy of what is brought; `axis` names the positions of the tile."""
+    names = FlatNames(e.program, {}, bounds=frozenset())
+    pointer, _ = element_address(read, names)
+    return fill(hopper_rows.BRING, pointer=pointer, axis=axis.name, end="M" if axis == Q_IDX else "N")
+
+
+def read_brought(slot: str) -> str:
+    """How a group reads it, where a tile has the tokens that move on columns."""
+    return f"brought = brought_ring.index({slot}).load(gl.SliceLayout(0, SCORES))[None, :]"
 
 
 def every_tile(tile: str) -> str:

@@ -1,9 +1,11 @@
-"""The backward kernels of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute.
+"""The backward kernels of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute, one warp sends.
 
 A row is a tile of 128 tokens of one side, 64 for each group, which stays in shared memory (`held`) while tiles of 64 tokens of the
 other side stream past it: K and V, past which come Q and dO, in the kernel for the gradients of keys; Q and dO, past which come K
 and V, in the one for those of queries. There O comes first, through the ring: delta is made of it and the dO that is held, and left to
-the other kernel. What is held has two places, so that the next row's loads run under the end of the last.
+the other kernel. What is held has two places, so that the next row's loads run under the end of the last. Gradients go out through
+the place of what was held; a warp of its own waits until they have left, for a group that waits multiplies nothing.
+With each tile the loading warp leaves its number and which group needs it: groups neither follow the plan nor look at bounds.
 Scores have the held side on rows: weights and their gradients then go from the registers of one product into the next, and no tile
 is transposed. One loop serves masked tiles and others: of two loops that share what is held, ptxas (of CUDA 12.8) computes the
 address in the first alone, also where that is skipped. The mathematics is that of softmax_backward.py.
@@ -11,28 +13,31 @@ address in the first alone, also where that is skipped. The mathematics is that 
 
 LOADS = '''
 @gluon.jit
-def _load_{side}({streamed}, stream, at, sizes, statistics, slot, phase):
+def _load_{side}({streamed}, stream, at, operands, slot, phase):
     """One tile of the side that streams."""
-    H, M, N = sizes
-    b, h, tile{origin_names} = at
-    first_ring, second_ring, ready, free, {statistics_rings} = stream
+    b, h, {row_tile}, tile, masked, after{origin_names} = at
+    first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
+    ({operands}) = operands
     {moving_corner}
-    {load_statistics}
+    {copied_positions}
+    {find_needed}
     mbarrier.wait(free.index(slot), phase)
     mbarrier.expect(ready.index(slot), {streamed_bytes})
     tma.async_copy_global_to_shared({first_streamed}, [{first_streamed_at}, 0], ready.index(slot), first_ring.index(slot))
     tma.async_copy_global_to_shared({second_streamed}, [{second_streamed_at}, 0], ready.index(slot), second_ring.index(slot))
-    {store_statistics}
+    _label(tile, masked, needed, after, labels.index(slot))
+    {copies}
+    mbarrier.arrive(ready.index(slot))
     return _next_slot(slot, phase, {stages})
 
 
 @gluon.jit
-def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, items, sizes, statistics):
+def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, items, operands):
     first_held, second_held, held_ready, held_free = held
-    {unpack_rings}
+    first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
     words, row_ready, row_free = messages
     item, last, step, shares{queue} = items
-    H, M, N = sizes
+    ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
@@ -47,14 +52,14 @@ def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, i
             b, h, {row_tile}, fulls, full_at, full_first, full_last = row[:7]
             partials, partial_at, partial_first, partial_last{origin_names} = row[7:]
             mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-            _post(row, words.index(turn % 2))
+            _post((b, h, {row_tile}, fulls + partials{origin_names}), words.index(turn % 2), {words})
             mbarrier.arrive(row_ready.index(turn % 2))
             turn += 1
             if member == 0:
                 {row_corner}
+                mbarrier.wait(held_free.index(place % 2), (place // 2 + 1) % 2)
                 for part in gl.static_range(2):
                     at = place % 2 * 2 + part
-                    mbarrier.wait(held_free.index(at), (place // 2 + 1) % 2)
                     loaded = held_ready.index(at)
                     mbarrier.expect(loaded, {held_bytes})
                     tma.async_copy_global_to_shared({first_held}, [{first_held_at}, 0], loaded, first_held.index(at))
@@ -64,11 +69,25 @@ def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, i
         {next_item}
         place += 1
     mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), words.index(turn % 2))  # no more
+    _post({no_more}, words.index(turn % 2), {words})
     mbarrier.arrive(row_ready.index(turn % 2))
 '''
 
-LOAD_TILE = "slot, phase = _load_{side}({streamed}, stream, (b, h, tile{origin_names}), sizes, statistics, slot, phase)"
+LOAD_TILE = """
+{after}
+slot, phase = _load_{side}({streamed}, stream, (b, h, {row_tile}, tile, masked, after{origin_names}), operands, slot, phase)
+"""
+
+# Which of the groups need a tile, a bit each; where the mask can say so, one leaves out what only the other's rows need.
+FIND_NEEDED = """
+needed = gl.to_tensor(3)
+if masked:
+    {row_corner}
+    needed = gl.to_tensor(0)
+    for part in gl.static_range(2):
+        {bounds}
+        needed |= ({may}).to(gl.int32) << part
+"""
 
 # O of the rows that stay comes before their first tile, through the ring: half in the place of either side.
 LOAD_OUTPUTS = """
@@ -78,6 +97,8 @@ first_half = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout
 tma.async_copy_global_to_shared(O, [{first_half_at}, 0], ready.index(slot), first_half)
 second_half = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout)
 tma.async_copy_global_to_shared(O, [{second_half_at}, 0], ready.index(slot), second_half)
+{copied}
+mbarrier.arrive(ready.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
 """
 
@@ -95,31 +116,38 @@ delta = gl.convert_layout(gl.sum(delta, 1), gl.SliceLayout(1, SCORES))
 {store_delta}
 """
 
-# The loading warp reads what the kernel for keys needs to know of each query, and lays it beside the query's tile.
-LOAD_STATISTICS = """
+# The loading warp lays beside a tile what is known of each of its tokens: what the kernel for keys needs of queries, and what the
+# mask reads.
+COPIED_POSITIONS = """
 PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-Reference, Delta{brought_from} = statistics
 {moving_positions}
-rows = (b.to(gl.int64) * H + h) * M + q_idx
-reference = gl.load(Reference + rows, mask=q_idx < M, other=float("inf"))
-delta = gl.load(Delta + rows, mask=q_idx < M, other=0.0)
-{bring}
 """
 
-STORE_STATISTICS = """
-statistics_ring.index(slot * 2).store(reference)
-statistics_ring.index(slot * 2 + 1).store(delta)
-{store_brought}
-mbarrier.arrive(ready.index(slot))
+STATISTICS_AT = "rows = (b.to(gl.int64) * H + h) * M + q_idx"
+
+# Copies that nothing waits for.
+COPY_STATISTICS = """
+async_copy.async_copy_global_to_shared(statistics_ring.index(slot * 2), Reference + rows)
+async_copy.async_copy_global_to_shared(statistics_ring.index(slot * 2 + 1), Delta + rows)
 """
+
+# A place that is no query's has an infinite reference, and so no weight.
+COPY_STATISTICS_AT_EDGES = """
+if {all_inside}:
+    {copy}
+else:
+    statistics_ring.index(slot * 2).store(gl.load(Reference + rows, mask=q_idx < M, other=float("inf")))
+    statistics_ring.index(slot * 2 + 1).store(gl.load(Delta + rows, mask=q_idx < M, other=0.0))
+"""
+
+COPIED = "async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)"
 
 ROWS = """
 @gluon.jit
-def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
+def _rows_{side}(held, stream, written, messages, operands, PART: gl.constexpr):
     first_held, second_held, held_ready, held_free = held
-    first_ring, second_ring, ready, free, {statistics_rings} = stream
+    first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
     words_of, row_ready, row_free = messages
-    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {streamed_rows}, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {d}, 16])
@@ -139,24 +167,62 @@ def _rows_{side}(held, stream, messages, tables, operands, PART: gl.constexpr):
         at = place % 2 * 2 + PART
         {start}
         {before}
-        {every_tile}
+        after = _word(words, places, 3)
+        while after > 0:
+            {tile}
         {finish}
         turn += 1
         {next_words}
-    {drain}
+"""
+
+# The gradients of each row go out when a group has left them in shared memory; then the place of what it held is free again.
+SENDS = """
+@gluon.jit
+def _sends_{side}({sent}, held, written, messages, H):
+    first_held, second_held, held_ready, held_free = held
+    words_of, row_ready, row_free = messages
+    turn = 0
+    place = 0
+    {first_words}
+    while _word(words, places, 0) >= 0:
+        b = _word(words, places, 0)
+        h = _word(words, places, 1)
+        {row_tile} = _word(words, places, 2)
+        mbarrier.arrive(row_free.index(turn % 2))
+        {send_row}
+        turn += 1
+        {next_words}
+"""
+
+SEND_ROW = """
+{row_corner}
+for part in gl.static_range(2):
+    at = place % 2 * 2 + part
+    mbarrier.wait(written.index(at), place // 2 % 2)
+    {send}
+tma.store_wait(0)
+mbarrier.arrive(held_free.index(place % 2))
+place += 1
+"""
+
+# Of several heads the last leaves what they have summed.
+SEND_LAST = """
+if h % {members} == {members} - 1:
+    {send_row}
 """
 
 TILE = """
-{moving_positions}
-{reads}
-{needed}
 mbarrier.wait(ready.index(slot), phase)
+{read_label}
+masked = (about & 16) > 0
 {products}
 mbarrier.arrive(free.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
 """
 
 PRODUCTS = """
+{moving_positions}
+{reads}
 {left} = first_ring.index(slot).reshape([{streamed_rows}, {d}])
 {right} = second_ring.index(slot).reshape([{streamed_rows}, {d}])
 qk = warpgroup_mma(first, {left}.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -171,16 +237,8 @@ ds = p * (dp - delta{along})
 {gradients}
 """
 
-# Where the mask can say so, a group leaves out the tiles that only the other one's rows need.
-NEEDED = """
-needed = gl.to_tensor(True)
-if masked:
-    {bounds}
-    needed = {may}
-"""
-
 WHERE_NEEDED = """
-if needed:
+if (about & (4 << PART)) > 0:
     {products}
 """
 
@@ -203,26 +261,29 @@ def {kernel}({parameters}):
     second_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {second_held}.layout)
     first_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {first_streamed}.layout)
     second_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {second_streamed}.layout)
-    {statistics_ring}
-    words = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    {rings}
+    labels = gl.allocate_shared_memory(gl.int32, [{stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    words = gl.allocate_shared_memory(gl.int32, [2, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     held_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    held_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    held_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    written = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(held_ready.index(i), count=1)
-        mbarrier.init(held_free.index(i), count=1)
+        mbarrier.init(written.index(i), count=1)
     for i in gl.static_range(2):
+        mbarrier.init(held_free.index(i), count={freeing})
         mbarrier.init(row_ready.index(i), count=1)
-        mbarrier.init(row_free.index(i), count=2)
+        mbarrier.init(row_free.index(i), count={row_readers})
     for i in gl.static_range({stages}):
         mbarrier.init(ready.index(i), count={ready_count})
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
     held = (first_held, second_held, held_ready, held_free)
-    stream = (first_ring, second_ring, ready, free, {statistics_passed})
+    stream = (first_ring, second_ring, labels, ready, free, {rings_passed})
     messages = (words, row_ready, row_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
@@ -230,27 +291,22 @@ def {kernel}({parameters}):
     operands = ({operands})
     gl.warp_specialize(
         [
-            (_rows_{side}, (held, stream, messages, tables, operands, 0)),
-            (_rows_{side}, (held, stream, messages, tables, operands, 1)),
-            (_loads_{side}, ({held}, {streamed}{outputs}, held, stream, messages, tables, items, (H, M, N), {statistics})),
+            (_rows_{side}, (held, stream, written, messages, operands, 0)),
+            (_rows_{side}, (held, stream, written, messages, operands, 1)),
+            (_loads_{side}, ({held}, {streamed}{outputs}, held, stream, messages, tables, items, operands)),
+            {sends}
         ],
-        [4, 1],
-        [240, 24],
+        [{workers}],
+        [{registers}],
     )
 """
 
-# Gradients go out through the place of what was held, which is free again when they have left it.
 STORE_TILE = """
 {place}_held.index(at).reshape([64, {d}]).store(({value}).to({dtype}))
 """
 
 SEND_TILE = """
 tma.async_copy_shared_to_global(Grad_{name}, [{at}, 0], {place}_held.index(at))
-"""
-
-FREE_BEFORE = """
-tma.store_wait(0)  # of the row before, which went out through the other place
-mbarrier.arrive(held_free.index((place + 1) % 2 * 2 + PART), pred=place > 0)
 """
 
 # Or from registers, in the strides that their tensor has.

@@ -1,6 +1,7 @@
 """The forward kernel of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute.
 
-The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones. Each group
+The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones,
+and leaves the number of each beside it. Each group
 owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the softmax: so one
 group's softmax runs while the other group's products do. Programs go on to another row of query tiles, so that the loads of the
 next row run under the end of the last: to the next of its share or, where only the device knows how long rows are, to the next that
@@ -16,15 +17,19 @@ def _row_sums(p):
 
 
 @gluon.jit
-def _load_tile({K}, {V}, rings, barriers, sizes, at, slot, phase):
-    H, M = sizes
-    b, h, tile{origin_names} = at
+def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
+    b, h, tile, masked, after{origin_names} = at
+    ({operands}) = operands
     {key_corner}
-    k_ring, v_ring = rings
+    {copied_positions}
+    k_ring, v_ring, labels, brought_ring = rings
     k_ready, k_free, v_ready, v_free = barriers
     mbarrier.wait(k_free.index(slot), phase)
     mbarrier.expect(k_ready.index(slot), {K}.block_type.nbytes)
     tma.async_copy_global_to_shared({K}, [{k_at}, 0], k_ready.index(slot), k_ring.index(slot))
+    _label(tile, masked, 3, after, labels.index(slot))
+    {copies}
+    mbarrier.arrive(k_ready.index(slot))
     mbarrier.wait(v_free.index(slot), phase)
     mbarrier.expect(v_ready.index(slot), {V}.block_type.nbytes)
     tma.async_copy_global_to_shared({V}, [{v_at}, 0], v_ready.index(slot), v_ring.index(slot))
@@ -36,11 +41,10 @@ def _load_tile({K}, {V}, rings, barriers, sizes, at, slot, phase):
 {taking_warp}
 
 @gluon.jit
-def _rows(O, Lse, queries, rings, barriers, tables, operands{by_list}, GROUP: gl.constexpr):
+def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constexpr):
     q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
-    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     ({operands}) = operands
-    k_ring, v_ring = rings
+    k_ring, v_ring, labels, brought_ring = rings
     k_ready, k_free, v_ready, v_free = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {d}, 16])
@@ -63,13 +67,13 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands{by_list}, GROUP: gl
         acc = gl.zeros([64, {d}], gl.float32, OUTPUT)
         {before}
         # the first tile has no values before it; it is masked whether or not it must be
-        tile = gl.where(partials > 0, partial_first, full_first)
-        {key_positions}
-        {masked_reads}
         mbarrier.wait(q_ready.index(q_at), turn // 2 % 2)
         {after_queries}
         mbarrier.wait(k_ready.index(k_slot), k_phase)
         qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        {read_label}
+        {key_positions}
+        {masked_reads}
         tma.store_wait(0)  # of the row before, which went out through the other buffer
         mbarrier.arrive(q_free.index((turn + 1) % 2 * 2 + GROUP), pred=turn > 0)
         qk = warpgroup_mma_wait(0, (qk,))
@@ -80,20 +84,10 @@ def _rows(O, Lse, queries, rings, barriers, tables, operands{by_list}, GROUP: gl
         p = _exp2(scores{masked_scale} - m_i[:, None])
         l_i = _row_sums(p)
         weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
-        # tiles at an edge of the mask or of the tensors
-        for r in range(partials):
-            if r > 0:
-                partial_first = gl.load(PartialBegin + partial_at + r)
-                partial_last = gl.load(PartialEnd + partial_at + r)
-            for tile in range(partial_first + (r == 0).to(gl.int32), partial_last):
+        while after > 0:  # turns once; without it LLVM takes the packed weights apart in the second of two loops: 64 instructions a tile
+            while after == 1:  # tiles at an edge of the mask or of the tensors
                 {partial_tile}
-        # tiles whose every pair is kept
-        skip = (partials == 0).to(gl.int32)
-        for r in range(fulls):
-            if r > 0:
-                full_first = gl.load(FullBegin + full_at + r)
-                full_last = gl.load(FullEnd + full_at + r)
-            for tile in range(full_first + skip * (r == 0).to(gl.int32), full_last):
+            while after == 2:  # tiles whose every pair is kept
                 {full_tile}
         mbarrier.wait(v_ready.index(v_slot), v_phase)
         acc = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
@@ -116,10 +110,12 @@ def attention_forward({parameters}):
     q_buffers = gl.allocate_shared_memory({dtype}, [4, {q_box}], {K}.layout)  # two for each group
     k_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {K}.layout)
     v_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {V}.layout)
+    {brought_ring}
+    labels = gl.allocate_shared_memory(gl.int32, [{stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     {list_buffers}
-    messages = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    messages = gl.allocate_shared_memory(gl.int32, [2, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
@@ -133,13 +129,13 @@ def attention_forward({parameters}):
         mbarrier.init(row_ready.index(i), count=1)
         mbarrier.init(row_free.index(i), count={row_readers})
     for i in gl.static_range({stages}):
-        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_ready.index(i), count={k_arrivals})
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
     queries = (q_buffers, q_ready, q_free, messages, row_ready, row_free)
-    rings = (k_ring, v_ring)
+    rings = (k_ring, v_ring, labels, {brought_passed})
     barriers = (k_ready, k_free, v_ready, v_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
@@ -148,9 +144,9 @@ def attention_forward({parameters}):
     operands = ({operands})
     gl.warp_specialize(
         [
-            (_rows, (O, Lse, queries, rings, barriers, tables, operands{list_passed}, 0)),
-            (_rows, (O, Lse, queries, rings, barriers, tables, operands{list_passed}, 1)),
-            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes)),
+            (_rows, (O, Lse, queries, rings, barriers, operands{list_passed}, 0)),
+            (_rows, (O, Lse, queries, rings, barriers, operands{list_passed}, 1)),
+            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operands)),
             {takes}
         ],
         [{workers}],
@@ -159,10 +155,11 @@ def attention_forward({parameters}):
 '''
 
 TILE = """
-{key_positions}
-{reads}
 mbarrier.wait(k_ready.index(k_slot), k_phase)
 qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+{read_label}
+{key_positions}
+{reads}
 mbarrier.wait(v_ready.index(v_slot), v_phase)
 moved = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
 qk = warpgroup_mma_wait(1, (qk,))
@@ -183,7 +180,7 @@ weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
 
 LOADS = """
 @gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operands):
     q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
     item, last, step, shares = items
     H, M = sizes
@@ -198,14 +195,14 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
         b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
         {query_corner}
         mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-        _post(row, messages.index(turn % 2))
+        _post(row, messages.index(turn % 2), {words})
         mbarrier.arrive(row_ready.index(turn % 2))
         {load_queries}
         {every_tile}
         turn += 1
         {next_item}
     mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-    _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0{no_origins}), messages.index(turn % 2))  # no more
+    _post({no_more}, messages.index(turn % 2), {words})
     mbarrier.arrive(row_ready.index(turn % 2))
 """
 
@@ -222,14 +219,14 @@ def _post_queued(item, items, tables, sizes, row_messages, turn):
         tiles = {q_tiles}
         next_row = gl.load(queue + 1 + item)
         row = _row(next_row // tiles // H, next_row // tiles % H, next_row % tiles, tiles, H, tables, True)
-        _post(row, messages.index(turn % 2))
+        _post(row, messages.index(turn % 2), {words})
     else:
-        _post((-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0), messages.index(turn % 2))
+        _post({no_more}, messages.index(turn % 2), {words})
     mbarrier.arrive(row_ready.index(turn % 2))
 
 
 @gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operands):
     q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
     item, last, step, shares, queue = items
     H, M = sizes
@@ -241,6 +238,7 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes):
     {first_words}
     while _word(words, places, 0) >= 0:
         {read_row}
+        {read_ranges}
         {load_queries}
         {every_tile}
         turn += 1
@@ -266,4 +264,9 @@ q_buffer.reshape([64, {d}]).store(out.to({dtype}))
 fence_async_shared()
 tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
 gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, lse, mask=q_idx < M)
+"""
+
+COPIED_POSITIONS = """
+FOURS: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+{key_positions}
 """

@@ -48,14 +48,22 @@ def _row(b, h, rank, tiles, H, tables, AT_LEAST_ONE: gl.constexpr):
 
 
 @gluon.jit
-def _post(row, message):
+def _post(row, message, COUNT: gl.constexpr):
     """Write the numbers of a row where the groups read them."""
     WORDS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    places = gl.arange(0, 16, WORDS)
-    words = gl.full([16], row[0], gl.int32, WORDS)
-    for i in gl.static_range(1, {words}):
+    places = gl.arange(0, message.shape[0], WORDS)
+    words = gl.full([message.shape[0]], row[0], gl.int32, WORDS)
+    for i in gl.static_range(1, COUNT):
         words = gl.where(places == i, row[i], words)
     message.store(words)
+
+
+@gluon.jit
+def _label(tile, masked, needed, after, label):
+    """Write what groups know of a tile: its number, whether it is masked, which groups need it, a bit each, and the kind of the tile
+    after it in the row: 0 none, 1 masked, 2 full."""
+    packed = (tile << 5) + (masked.to(gl.int32) << 4) + (needed << 2) + after
+    label.store(gl.full([1], packed, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
@@ -65,8 +73,8 @@ def _word(words, places, i: gl.constexpr):
 
 # How a group hears of its first row, and of each that follows; a negative batch ends them.
 FIRST_WORDS = """
-EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])  # each thread holds all words
-places = gl.arange(0, 16, EVERYWHERE)
+EVERYWHERE: gl.constexpr = gl.BlockedLayout([{message}], [32], [4], [0])  # each thread holds all words
+places = gl.arange(0, {message}, EVERYWHERE)
 mbarrier.wait(row_ready.index(0), 0)
 words = words_of.index(0).load(EVERYWHERE)
 """
@@ -76,11 +84,16 @@ mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
 words = words_of.index(turn % 2).load(EVERYWHERE)
 """
 
-# The numbers of a row, as the groups read them from a message; what it lay in may then be written again.
+# The numbers of a row, as they are read from a message; what it lay in may then be written again.
 READ_ROW = """
 b = _word(words, places, 0)
 h = _word(words, places, 1)
 {row_tile} = _word(words, places, 2)
+{origin_words}
+mbarrier.arrive(row_free.index(turn % 2))
+"""
+
+READ_RANGES = """
 fulls = _word(words, places, 3)
 full_at = _word(words, places, 4)
 full_first = _word(words, places, 5)
@@ -89,8 +102,14 @@ partials = _word(words, places, 7)
 partial_at = _word(words, places, 8)
 partial_first = _word(words, places, 9)
 partial_last = _word(words, places, 10)
-{origin_words}
-mbarrier.arrive(row_free.index(turn % 2))
+"""
+
+# A group learns of a tile from its label. It does not follow the plan itself: while it waited for a number of that it would multiply
+# nothing.
+READ_LABEL = """
+about = gl.sum(labels.index({slot}).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+tile = about >> 5
+after = about & 3
 """
 
 # All tiles of a row: those at an edge of the mask or of the tensors, `masked`, then those whose every pair is kept.
@@ -108,6 +127,19 @@ for r in range(partials + fulls):
     for tile in range(first_tile, last_tile):
         {tile}
 """
+
+# The kind of the next tile; no range of a plan is empty.
+AFTER = """
+after = gl.where(r + 1 < partials, 1, gl.where(r + 1 < partials + fulls, 2, 0))
+after = gl.where(tile + 1 < last_tile, gl.where(masked, 1, 2), after)
+"""
+
+# What the mask reads of each token that moves comes with its tile; past the end it is 0.
+BRING = """
+async_copy.async_copy_global_to_shared(brought_ring.index(slot), {pointer}, mask={axis} < {end})
+"""
+
+BRING_RING = "brought_ring = gl.allocate_shared_memory(gl.int32, [{stages}, {tokens}], gl.SwizzledSharedLayout(1, 1, 1, [0]))"
 
 IMPORTS = """from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
