@@ -1,0 +1,135 @@
+"""Where the time of a backward kernel goes: clock readings of its two computing groups, on a GPU with warp roles (sm_90).
+
+    python benchmarks/gpu_trace.py [--only circle-r16,na2d-17x17] [--kernel keys|queries]
+
+The emitted source is given a reading of the clock between its steps, by text, so a run is some 30 % slower than without: compare shares
+and medians. Cycles are of one multiprocessor's clock; "n" counts the steps of both groups of a few programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+from gpu_masks import cases
+from tabulate import tabulate
+from torch import Tensor
+
+from attncompiler.dsl.attention import declare
+from attncompiler.runtime import prepared, triton_launch
+
+_MOST = 4096  # readings of a group
+_WORDS_BEFORE = 1024  # of the memory that the readings follow
+_PROGRAMS = 6  # that are looked at
+_LOG = '''
+@gluon.jit
+def _log(log, count, what: gl.constexpr, where):
+    """Write which step ends now, and the clock."""
+    now = gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r,r", [where], dtype=gl.int32, is_pure=False, pack=1)
+    gl.store(log + count * 2 + where * 0, now * 0 + what, mask=where == 0)
+    gl.store(log + count * 2 + 1 + where * 0, now, mask=where == 0)
+    return count + 1
+
+
+'''
+# Steps, and the line of a group's code before (-1) or behind (1) which each ends: the last line that fits.
+_STEPS = [
+    ("next message", r"mbarrier\.arrive\(row_free", -1),
+    ("row set up, held tile there", r"mbarrier\.wait\(held_ready", 1),
+    ("from tile to tile", r"mbarrier\.wait\(ready", -1),
+    ("wait for a tile", r"mbarrier\.wait\(ready", 1),
+    ("first product", r"qk = warpgroup_mma_wait", 1),
+    ("weights", r"dp = warpgroup_mma_wait", -1),
+    ("second product", r"dp = warpgroup_mma_wait", 1),
+    ("slopes", r"d\w+(, d\w+)?,? = warpgroup_mma_wait\(0", -1),
+    ("last products, or none", r"mbarrier\.arrive\(free", -1),
+    ("gradients written", r"turn \+= 1", -1),
+]
+
+
+def traced(source: str, kernel: str) -> str:
+    """Emitted source whose groups of one kernel, "keys" or "queries", write down what they do and when."""
+    begin, end = source.index(f"@gluon.jit\ndef _rows_{kernel}("), source.index(f"@gluon.jit\ndef attention_backward_{kernel}(")
+    rows = source[begin : source.index("\n\n\n", begin) + 1]
+    plain, lines = rows.splitlines(), []
+    last = [max(at for at, line in enumerate(plain) if re.search(text, line)) for _, text, _ in _STEPS]
+    for at, line in enumerate(plain):
+        found = [place for place in range(len(_STEPS)) if last[place] == at]
+        logs = {
+            place: f"{' ' * (len(line) - len(line.lstrip()))}log_count = _log(log, log_count, {place}, within)" for place in found
+        }
+        lines += [logs[place] for place in found if _STEPS[place][2] < 0]
+        lines.append(line)
+        lines += [logs[place] for place in found if _STEPS[place][2] > 0]
+        if line.strip().startswith("within = "):
+            lines += [f"    log = NextRow + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + PART) * {2 * _MOST}", "    log_count = 0"]
+    end_of_kernel = source.index("[240, 24", end)
+    body = source[end:end_of_kernel]
+    handed = re.search(r"    operands = \((.*)\)\n", body)
+    assert handed is not None
+    unpacked = f"({handed[1]}) = operands\n"
+    text = source[:end_of_kernel].replace(rows, "\n".join(lines) + "\n").replace(unpacked, f"({handed[1]}, NextRow) = operands\n")
+    text = text.replace(handed[0], f"    operands = ({handed[1]}, NextRow)\n") + source[end_of_kernel:]
+    return text.replace(f"@gluon.jit\ndef _load_{kernel}(", f"{_LOG}@gluon.jit\ndef _load_{kernel}(")
+
+
+def _readings(case_name: str, kernel: str, d: int) -> Tensor:
+    """int32 [programs, groups, readings, (step, clock)] of one backward."""
+    case = next(case for case in cases() if case.name == case_name)
+    memory: list[Tensor] = []
+
+    def zeros(size: int, **options: object) -> Tensor:
+        """The memory that ends with the counters of rows, with room for the readings behind them."""
+        memory.append(torch.zeros(size + _WORDS_BEFORE + 2 * 2 * _MOST * 256, **options))  # type: ignore[call-overload]
+        return memory[-1]
+
+    load = prepared.load_module
+    prepared.load_module = lambda source: load(traced(source, kernel) if f"def _rows_{kernel}(" in source else source)
+    triton_launch.torch = SimpleNamespace(**{**vars(torch), "zeros": zeros})
+    qkv = [torch.randn(1, case.heads, case.tokens, d, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    program, made = declare(*qkv, keep=case.mask).program, dict(zip("qkv", qkv, strict=True))
+    o, lse, rcp = triton_launch.forward(program, made, {}, True)
+    for _ in range(3):
+        triton_launch.backward(program, made, {}, o, lse, rcp, torch.randn_like(o), None, frozenset("qkv"))
+    counters = -(-lse.numel() // 4) * 8  # behind reference and delta
+    words = memory[-1][counters + _WORDS_BEFORE :].view(torch.int32)[: _PROGRAMS * 4 * _MOST]
+    return words.view(_PROGRAMS, 2, _MOST, 2).cpu()
+
+
+def table(readings: Tensor) -> str:
+    """What each step takes, the longest in all first."""
+    took: dict[str, list[int]] = defaultdict(list)
+    for group in readings.flatten(0, 1):
+        steps, clocks = group[group[:, 1] != 0].to(torch.int64).unbind(1)
+        for step, before, now in zip(steps[1:].tolist(), clocks[:-1].tolist(), clocks[1:].tolist(), strict=True):
+            took[_STEPS[step][0]].append((now - before) & 0xFFFFFFFF)
+    total = sum(map(sum, took.values()))
+    rows = []
+    for name, cycles in sorted(took.items(), key=lambda item: -sum(item[1])):
+        found = torch.tensor(cycles, dtype=torch.float32)
+        middle, most = found.quantile(torch.tensor([0.5, 0.9])).tolist()
+        rows.append([name, len(cycles), f"{found.mean():.0f}", f"{middle:.0f}", f"{most:.0f}", f"{sum(cycles) / total:.3f}"])
+    return tabulate(rows, ["step", "n", "mean cycles", "median", "90 %", "share"], tablefmt="github")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="na2d-17x17,circle-r16")
+    parser.add_argument("--kernel", default="keys", choices=["keys", "queries"])
+    parser.add_argument("--d", type=int, default=128)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        print("no GPU with warp roles here")
+        return 1
+    for name in arguments.only.split(","):
+        print(f"\n{name}, {arguments.kernel}\n")
+        print(table(_readings(name, arguments.kernel, arguments.d)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
