@@ -100,7 +100,6 @@ class _Side:
             "row_tiles": self._row_tiles(),
             "row_corner": self.stays.corner(self.row_tile) if self.stays.tiles else "",
             "row_positions": self._positions("(PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES)))", held=True),
-            "moving_corner": self.moves.corner("tile") if self.moves.tiles else "",
             "members": str(self.members),
             "held_heads": f"(H // {self.members})" if self.members > 1 else "H",
         }
@@ -138,11 +137,13 @@ class _Side:
             rings.append(fill(hopper_rows.BRING_RING, stages=str(stages), tokens=str(self.streamed_rows)))
         if copies:
             moving = self._positions(f"gl.arange(0, {self.streamed_rows}, PAIRS)", held=False)
-            positions.insert(0, fill(hopper_backward.COPIED_POSITIONS, moving_positions=moving))
+            positions.insert(0, fill(hopper_backward.POSITIONS, positions=moving))
             copies.append(hopper_backward.COPIED)
+        elif self.moves.tiles:
+            positions.append(self.moves.corner("tile"))
         passed = "statistics_ring" if self.by_keys else "None", "None" if self.brought is None else "brought_ring"
         return {
-            "copied_positions": "\n".join(positions),
+            "moving_positions": "\n".join(positions),
             "copies": "\n".join(copies),
             "rings": "\n".join(rings),
             "rings_passed": ", ".join(passed),

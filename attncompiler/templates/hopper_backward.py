@@ -18,8 +18,7 @@ def _load_{side}({streamed}, stream, at, operands, slot, phase):
     b, h, {row_tile}, tile, masked, after{origin_names} = at
     first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
     ({operands}) = operands
-    {moving_corner}
-    {copied_positions}
+    {moving_positions}
     {find_needed}
     mbarrier.wait(free.index(slot), phase)
     mbarrier.expect(ready.index(slot), {streamed_bytes})
@@ -118,9 +117,9 @@ delta = gl.convert_layout(gl.sum(delta, 1), gl.SliceLayout(1, SCORES))
 
 # The loading warp lays beside a tile what is known of each of its tokens: what the kernel for keys needs of queries, and what the
 # mask reads.
-COPIED_POSITIONS = """
+POSITIONS = """
 PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-{moving_positions}
+{positions}
 """
 
 STATISTICS_AT = "rows = (b.to(gl.int64) * H + h) * M + q_idx"
