@@ -3,7 +3,8 @@
     python benchmarks/gpu_trace.py [--only circle-r16,na2d-17x17] [--kernel keys|queries]
 
 The emitted source is given a reading of the clock between its steps, by text, so a run is some 30 % slower than without: compare shares
-and medians. Cycles are of one multiprocessor's clock; "n" counts the steps of both groups of a few programs.
+and medians. Of long rows the first readings are kept. Cycles are of one multiprocessor's clock; "n" counts the steps of both groups of
+a few programs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gpu_masks import cases
 from tabulate import tabulate
 from torch import Tensor
 
+from attncompiler.codegen import kernel_module
 from attncompiler.dsl.attention import declare
 from attncompiler.runtime import prepared, triton_launch
 
@@ -30,8 +32,9 @@ _LOG = '''
 def _log(log, count, what: gl.constexpr, where):
     """Write which step ends now, and the clock."""
     now = gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r,r", [where], dtype=gl.int32, is_pure=False, pack=1)
-    gl.store(log + count * 2 + where * 0, now * 0 + what, mask=where == 0)
-    gl.store(log + count * 2 + 1 + where * 0, now, mask=where == 0)
+    writes = (where == 0) & (count < {most})
+    gl.store(log + count * 2 + where * 0, now * 0 + what, mask=writes)
+    gl.store(log + count * 2 + 1 + where * 0, now, mask=writes)
     return count + 1
 
 
@@ -74,7 +77,7 @@ def traced(source: str, kernel: str) -> str:
     unpacked = f"({handed[1]}) = operands\n"
     text = source[:end_of_kernel].replace(rows, "\n".join(lines) + "\n").replace(unpacked, f"({handed[1]}, NextRow) = operands\n")
     text = text.replace(handed[0], f"    operands = ({handed[1]}, NextRow)\n") + source[end_of_kernel:]
-    return text.replace(f"@gluon.jit\ndef _load_{kernel}(", f"{_LOG}@gluon.jit\ndef _load_{kernel}(")
+    return text.replace(f"@gluon.jit\ndef _load_{kernel}(", f"{_LOG.format(most=_MOST)}@gluon.jit\ndef _load_{kernel}(")
 
 
 def _readings(case_name: str, kernel: str, d: int) -> Tensor:
@@ -87,7 +90,7 @@ def _readings(case_name: str, kernel: str, d: int) -> Tensor:
         memory.append(torch.zeros(size + _WORDS_BEFORE + 2 * 2 * _MOST * 256, **options))  # type: ignore[call-overload]
         return memory[-1]
 
-    load = prepared.load_module
+    load = kernel_module.load_module
     prepared.load_module = lambda source: load(traced(source, kernel) if f"def _rows_{kernel}(" in source else source)
     triton_launch.torch = SimpleNamespace(**{**vars(torch), "zeros": zeros})
     qkv = [torch.randn(1, case.heads, case.tokens, d, device="cuda", dtype=torch.bfloat16) for _ in range(3)]

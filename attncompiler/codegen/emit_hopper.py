@@ -64,6 +64,7 @@ def hopper_forward_source(e: Emission) -> str:
     q_tile = halved(e.box(KERNEL, Q_IDX))
     ways = _queries_and_outputs(e, {**pointers, **row})
     holes = {**row, **pointers, **ways, "query_corner": queries.corner("q_tile"), "q_tiles": q_tiles}
+    holes["operands"] = ", ".join(passed_on(e, KERNEL))
     if e.has_queue(KERNEL):
         holes["first_words"] = row["first_words"].replace("[4]", "[1]")
         every = every_tile(fill(hopper_forward.POST_NEXT, **row) + load)
@@ -83,7 +84,7 @@ def hopper_forward_source(e: Emission) -> str:
         row_readers=str(2 + e.has_queue(KERNEL) + (e.layout.by_list is not None)),
         **ways,
         parameters=signature(["B", *(name for name in parameters if not name.startswith("BLOCK_"))]),
-        operands=", ".join(passed_on(e, KERNEL)),
+        operands=holes["operands"],
         before=before,
         masked_reads=masked_reads,
         masked_scores=masked,
@@ -124,9 +125,11 @@ def _copies(e: Emission, read: Read | None, keys: TilePositions) -> dict[str, st
         return {"copied_positions": "", "copies": "", "brought_ring": "", "brought_passed": "None", "k_arrivals": "2"}
     return {
         "copied_positions": fill(
-            hopper_forward.COPIED_POSITIONS, key_positions=keys.lines("tile", "tile * BLOCK_N", "gl.arange(0, BLOCK_N, FOURS)")
+            hopper_rows.COPIED_POSITIONS,
+            tokens="BLOCK_N",
+            positions=keys.lines("tile", "tile * BLOCK_N", "gl.arange(0, BLOCK_N, SHARED)"),
         ),
-        "copies": f"{bring(e, read, KV_IDX)}\nasync_copy.mbarrier_arrive(k_ready.index(slot), increment_count=False)",
+        "copies": f"{bring(e, read, KV_IDX)}\n{fill(hopper_rows.COPIED, ready='k_ready')}",
         "brought_ring": fill(hopper_rows.BRING_RING, tokens="BLOCK_N"),
         "brought_passed": "brought_ring",
         "k_arrivals": "34",  # the load, the label, and the copies of each thread

@@ -86,8 +86,7 @@ class _Side:
         of_keys = [(pointer_name(x.name), head_of(x), x.group) for x in (self.k, self.v)]
         of_queries = [(pointer_name(self.q.name), "h", 1), ("DO", "h", 1)]
         held, streamed = (of_keys, of_queries) if self.by_keys else (of_queries, of_keys)
-        held_box = e.box(self.kernel, KV_IDX if self.by_keys else Q_IDX)
-        held_at = of_group(self.stays, f"{self.row_tile} * {self.held_rows}", held_box, "part")
+        held_at = self._held_at("part")
         streamed_at = self.moves.at(f"tile * {self.streamed_rows}")
         section = self.kernel.removeprefix("attention_backward_")
         parameters = ["B", *(name for name in parameters_of(e, section) if not name.startswith("BLOCK_"))]
@@ -136,9 +135,9 @@ class _Side:
             copies.append(bring(self.e, self.brought, self.moves.axis))
             rings.append(fill(hopper_rows.BRING_RING, stages=str(stages), tokens=str(self.streamed_rows)))
         if copies:
-            moving = self._positions(f"gl.arange(0, {self.streamed_rows}, PAIRS)", held=False)
-            positions.insert(0, fill(hopper_backward.POSITIONS, positions=moving))
-            copies.append(hopper_backward.COPIED)
+            moving = self._positions(f"gl.arange(0, {self.streamed_rows}, SHARED)", held=False)
+            positions.insert(0, fill(hopper_rows.COPIED_POSITIONS, tokens=str(self.streamed_rows), positions=moving))
+            copies.append(fill(hopper_rows.COPIED, ready="ready"))
         elif self.moves.tiles:
             positions.append(self.moves.corner("tile"))
         passed = "statistics_ring" if self.by_keys else "None", "None" if self.brought is None else "brought_ring"
@@ -167,11 +166,8 @@ class _Side:
             }  # fmt: skip
         many = self.members > 1
         head = f"h // {self.members}" if many else "h"
-        at = of_group(self.stays, f"{self.row_tile} * {self.held_rows}", self._held_box(), "part")
-        send = [
-            fill(hopper_backward.SEND_TILE, name=vector.name, at=corner(head, self.members, at), place=self._place_of(vector))
-            for vector in self.sent
-        ]
+        at = corner(head, self.members, self._held_at("part"))
+        send = [fill(hopper_backward.SEND_TILE, name=vector.name, at=at, place=self._place_of(vector)) for vector in self.sent]
         names = ", ".join(self._sent_names())
         send_row = fill(hopper_backward.SEND_ROW, send="\n".join(piece.strip() for piece in send), **holes)
         if many:
@@ -193,15 +189,16 @@ class _Side:
             return {"outputs": "", "load_outputs": ""}
         halves = {}
         for half, part in (("first", "0"), ("second", "1")):
-            at = of_group(self.stays, f"{self.row_tile} * {self.held_rows}", self.e.box(self.kernel, Q_IDX), part)
-            halves[f"{half}_half_at"] = corner("h", 1, at)
+            halves[f"{half}_half_at"] = corner("h", 1, self._held_at(part))
         return {
             "outputs": ", O",
             "load_outputs": fill(
                 hopper_backward.LOAD_OUTPUTS,
                 **halves,
                 held_box=holes["held_box"],
-                copied=hopper_backward.COPIED if holes["copies"] else "",  # each slot of the ring is arrived at as often
+                copied=fill(hopper_rows.COPIED, ready="ready")
+                if holes["copies"]
+                else "",  # each slot of the ring is arrived at as often
             ),
         }
 
@@ -319,8 +316,10 @@ class _Side:
             "finish": self._finish(),
         }
 
-    def _held_box(self) -> tuple[int, ...]:
-        return self.e.box(self.kernel, KV_IDX if self.by_keys else Q_IDX)
+    def _held_at(self, part: str) -> tuple[str, ...]:
+        """Where the rows that a group holds begin."""
+        box = self.e.box(self.kernel, KV_IDX if self.by_keys else Q_IDX)
+        return of_group(self.stays, f"{self.row_tile} * {self.held_rows}", box, part)
 
     def _place_of(self, vector: Vector) -> str:
         """In the place of which side a gradient goes out."""

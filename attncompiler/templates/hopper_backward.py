@@ -115,13 +115,7 @@ delta = gl.convert_layout(gl.sum(delta, 1), gl.SliceLayout(1, SCORES))
 {store_delta}
 """
 
-# The loading warp lays beside a tile what is known of each of its tokens: what the kernel for keys needs of queries, and what the
-# mask reads.
-POSITIONS = """
-PAIRS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-{positions}
-"""
-
+# What the kernel for keys needs to know of each query comes beside the query's tile.
 STATISTICS_AT = "rows = (b.to(gl.int64) * H + h) * M + q_idx"
 
 # Copies that nothing waits for.
@@ -138,8 +132,6 @@ else:
     statistics_ring.index(slot * 2).store(gl.load(Reference + rows, mask=q_idx < M, other=float("inf")))
     statistics_ring.index(slot * 2 + 1).store(gl.load(Delta + rows, mask=q_idx < M, other=0.0))
 """
-
-COPIED = "async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)"
 
 ROWS = """
 @gluon.jit
@@ -213,7 +205,6 @@ if h % {members} == {members} - 1:
 TILE = """
 mbarrier.wait(ready.index(slot), phase)
 {read_label}
-masked = (about & 16) > 0
 {products}
 mbarrier.arrive(free.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
@@ -237,7 +228,7 @@ ds = p * (dp - delta{along})
 """
 
 WHERE_NEEDED = """
-if (about & (4 << PART)) > 0:
+if ((needed >> PART) & 1) > 0:
     {products}
 """
 

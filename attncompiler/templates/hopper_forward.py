@@ -1,12 +1,11 @@
 """The forward kernel of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute.
 
-The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones,
-and leaves the number of each beside it. Each group
-owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the softmax: so one
-group's softmax runs while the other group's products do. Programs go on to another row of query tiles, so that the loads of the
-next row run under the end of the last: to the next of its share or, where only the device knows how long rows are, to the next that
-no other has taken. Tiles that are boxes of a grid come through descriptors of the grid; the numbers of a row then also say where
-the box of its keys begins. Where queries come and outputs go by list, a second warp brings queries (hopper_by_list.py).
+The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones, each with its
+label. Each group owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the
+softmax: so one group's softmax runs while the other group's products do. Programs go on to another row of query tiles, so that the
+loads of the next row run under the end of the last: to the next of its share or, where only the device knows how long rows are, to the
+next that no other has taken. Tiles that are boxes of a grid come through descriptors of the grid; the numbers of a row then also say
+where the box of its keys begins. Where queries come and outputs go by list, a second warp brings queries (hopper_by_list.py).
 """
 
 KERNEL = '''
@@ -66,9 +65,9 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         m_i = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))  # finite: a row without keys yet makes no NaN
         acc = gl.zeros([64, {d}], gl.float32, OUTPUT)
         {before}
-        # the first tile has no values before it; it is masked whether or not it must be
         mbarrier.wait(q_ready.index(q_at), turn // 2 % 2)
         {after_queries}
+        # the first tile has no values before it; it is masked whether or not it must be
         mbarrier.wait(k_ready.index(k_slot), k_phase)
         qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         {read_label}
@@ -140,13 +139,12 @@ def attention_forward({parameters}):
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
     items = ({first_item}, {rows_to_take}, gl.num_programs(0), {shares}{Queue})
-    sizes = (H, M)
     operands = ({operands})
     gl.warp_specialize(
         [
             (_rows, (O, Lse, queries, rings, barriers, operands{list_passed}, 0)),
             (_rows, (O, Lse, queries, rings, barriers, operands{list_passed}, 1)),
-            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operands)),
+            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands)),
             {takes}
         ],
         [{workers}],
@@ -180,10 +178,10 @@ weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
 
 LOADS = """
 @gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operands):
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
     q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
     item, last, step, shares = items
-    H, M = sizes
+    ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
@@ -209,10 +207,10 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operan
 # Ticket, queue and ranges each say where the next lies. Where rows come so, the next is found while tiles are left to load.
 QUEUED_LOADS = '''
 @gluon.jit
-def _post_queued(item, items, tables, sizes, row_messages, turn):
+def _post_queued(item, items, tables, operands, row_messages, turn):
     """Say which row an item of the queue is, or that there is none."""
     last, queue = items
-    H, M = sizes
+    ({operands}) = operands
     messages, row_ready, row_free = row_messages
     mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
     if item < last:
@@ -226,15 +224,15 @@ def _post_queued(item, items, tables, sizes, row_messages, turn):
 
 
 @gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operands):
+def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
     q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
     item, last, step, shares, queue = items
-    H, M = sizes
+    ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
     turn = 0
-    _post_queued(item, (last, queue), tables, sizes, (words_of, row_ready, row_free), turn)
+    _post_queued(item, (last, queue), tables, operands, (words_of, row_ready, row_free), turn)
     {first_words}
     while _word(words, places, 0) >= 0:
         {read_row}
@@ -248,7 +246,7 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, sizes, operan
 POST_NEXT = """
 if (r == partials + fulls - 1) & (tile == gl.maximum(first_tile, last_tile - 4)):
     {next_item}
-    _post_queued(item, (last, queue), tables, sizes, (words_of, row_ready, row_free), turn + 1)
+    _post_queued(item, (last, queue), tables, operands, (words_of, row_ready, row_free), turn + 1)
 """
 
 LOAD_QUERIES = """
@@ -264,9 +262,4 @@ q_buffer.reshape([64, {d}]).store(out.to({dtype}))
 fence_async_shared()
 tma.async_copy_shared_to_global(O, [{o_at}, 0], q_buffer)
 gl.store(Lse + (b.to(gl.int64) * H + h) * M + q_idx, lse, mask=q_idx < M)
-"""
-
-COPIED_POSITIONS = """
-FOURS: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-{key_positions}
 """

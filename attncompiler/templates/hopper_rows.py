@@ -61,7 +61,7 @@ def _post(row, message, COUNT: gl.constexpr):
 @gluon.jit
 def _label(tile, masked, needed, after, label):
     """Write what groups know of a tile: its number, whether it is masked, which groups need it, a bit each, and the kind of the tile
-    after it in the row: 0 none, 1 masked, 2 full."""
+    after it in the row: 0 none, 1 masked, 2 full. There are fewer than 2^26 tiles."""
     packed = (tile << 5) + (masked.to(gl.int32) << 4) + (needed << 2) + after
     label.store(gl.full([1], packed, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
@@ -109,6 +109,8 @@ partial_last = _word(words, places, 10)
 READ_LABEL = """
 about = gl.sum(labels.index({slot}).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 tile = about >> 5
+masked = (about & 16) > 0
+needed = (about >> 2) & 3
 after = about & 3
 """
 
@@ -138,6 +140,14 @@ after = gl.where(tile + 1 < last_tile, gl.where(masked, 1, 2), after)
 BRING = """
 async_copy.async_copy_global_to_shared(brought_ring.index(slot), {pointer}, mask={axis} < {end})
 """
+
+# How the threads of the loading warp share the tokens of such a copy.
+COPIED_POSITIONS = """
+SHARED: gl.constexpr = gl.BlockedLayout([{tokens} // 32], [32], [1], [0])
+{positions}
+"""
+
+COPIED = "async_copy.mbarrier_arrive({ready}.index(slot), increment_count=False)"
 
 BRING_RING = "brought_ring = gl.allocate_shared_memory(gl.int32, [{stages}, {tokens}], gl.SwizzledSharedLayout(1, 1, 1, [0]))"
 

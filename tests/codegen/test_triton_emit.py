@@ -13,7 +13,7 @@ from attncompiler.errors import UnsupportedProgram
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.text import to_text
 from attncompiler.passes.compact_rows import compact_rows
-from attncompiler.tuning.schedule import Schedule, choose_schedule
+from attncompiler.tuning.schedule import Schedule, choose_schedule, for_mask
 from attncompiler.tuning.target import TARGETS, Target
 from tests.codegen.write_golden import golden_path, golden_source, program
 from tests.runtime.test_routed import routed_program
@@ -113,6 +113,22 @@ def test_each_slot_of_a_ring_is_arrived_at_as_often(keep: str, side: str) -> Non
     copied = side == "keys" or "doc" in keep
     assert loads.count("mbarrier_arrive(ready.index(slot)") == tiles * copied
     assert f"mbarrier.init(ready.index(i), count={34 if copied else 2})" in kernel
+
+
+def test_what_is_brought_leaves_the_kernel_for_keys_its_shared_memory() -> None:
+    """Documents in a grid, four heads that share keys, dV by its strides: 4 bytes too many if their numbers came beside tiles."""
+    near = "(kv_idx // 32 - q_idx // 32 <= 3) & (q_idx // 32 - kv_idx // 32 <= 3) & (kv_idx % 32 - q_idx % 32 <= 5)"
+    text = f"""attention
+      axes b=2, h=8, q_idx=1024, kv_idx=1024
+      read q: bf16[2, 8, 1024, 128], k: bf16[2, 2, 1024, 128], v: bf16[2, 2, 1024, 128], ids: i32[2, 1024]
+      score dot(q[b, h, q_idx], k[b, h // 4, kv_idx])
+      keep {near} & (q_idx % 32 - kv_idx % 32 <= 5) & (ids[b, kv_idx] == ids[b, q_idx]) else zero
+      weigh softmax
+      sum v[b, h // 4, kv_idx]"""
+    p, target = verify(parse(text)), TARGETS["sm_90"]
+    layout = Layout((1, 4, 4), frozenset("qkv"), True, frozenset("qk"))
+    (kernel,) = cross_compile(p, for_mask(choose_schedule(p, target, True), p, {}), layout, target, ["attention_backward_keys"])
+    assert kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory"
 
 
 def test_tensors_may_be_called_as_what_kernels_have() -> None:
