@@ -117,12 +117,13 @@ def test_each_slot_of_a_ring_is_arrived_at_as_often(keep: str, side: str) -> Non
 
 def test_what_is_brought_leaves_the_kernel_for_keys_its_shared_memory() -> None:
     """Documents in a grid, four heads that share keys, dV by its strides: 4 bytes too many if their numbers came beside tiles."""
-    near = "(kv_idx // 32 - q_idx // 32 <= 3) & (q_idx // 32 - kv_idx // 32 <= 3) & (kv_idx % 32 - q_idx % 32 <= 5)"
+    y = "(kv_idx // 32 >= q_idx // 32 - 3) & (kv_idx // 32 <= q_idx // 32 + 3)"
+    x = "(kv_idx % 32 >= q_idx % 32 - 5) & (kv_idx % 32 <= q_idx % 32 + 5)"
     text = f"""attention
       axes b=2, h=8, q_idx=1024, kv_idx=1024
       read q: bf16[2, 8, 1024, 128], k: bf16[2, 2, 1024, 128], v: bf16[2, 2, 1024, 128], ids: i32[2, 1024]
       score dot(q[b, h, q_idx], k[b, h // 4, kv_idx])
-      keep {near} & (q_idx % 32 - kv_idx % 32 <= 5) & (ids[b, kv_idx] == ids[b, q_idx]) else zero
+      keep {y} & {x} & (ids[b, kv_idx] == ids[b, q_idx]) else zero
       weigh softmax
       sum v[b, h // 4, kv_idx]"""
     p, target = verify(parse(text)), TARGETS["sm_90"]
