@@ -40,7 +40,7 @@ def hopper_forward_source(e: Emission) -> str:
     read = brought(e, KV_IDX)
     masked_reads, masked, masked_scale = _scores(e, names.loaded if read is None else {**names.loaded, read: "brought"}, True)
     if read is not None:
-        masked_reads = f"{read_brought('k_slot')}\n{masked_reads}"
+        masked_reads = f"{read_brought('k_slot + k_phase * {stages}')}\n{masked_reads}"
     reads, full, scale = _scores(e, names.loaded, False)
     extra = []
     for expr in e.program.weigh.extra:
@@ -71,7 +71,7 @@ def hopper_forward_source(e: Emission) -> str:
         loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
     else:
         loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
-    read_label = fill(hopper_rows.READ_LABEL, slot="k_slot")
+    read_label = fill(hopper_rows.READ_LABEL, slot="k_slot", phase="k_phase")
 
     def tile(reads: str, scores: str, scale: str) -> str:
         return fill(
@@ -113,6 +113,7 @@ def hopper_forward_source(e: Emission) -> str:
             "BLOCK_M": schedule.block_m,
             "BLOCK_N": schedule.block_n,
             "{stages}": schedule.num_stages,
+            "{messages}": 4,  # a loader that takes rows from a queue says the next one early
             "{d}": q.size,
             "{dtype}": element_type(e),
         },
@@ -129,8 +130,8 @@ def _copies(e: Emission, read: Read | None, keys: TilePositions) -> dict[str, st
             tokens="BLOCK_N",
             positions=keys.lines("tile", "tile * BLOCK_N", "gl.arange(0, BLOCK_N, SHARED)"),
         ),
-        "copies": f"{bring(e, read, KV_IDX)}\n{fill(hopper_rows.COPIED, ready='k_ready')}",
-        "brought_ring": fill(hopper_rows.BRING_RING, tokens="BLOCK_N"),
+        "copies": f"{bring(e, read, KV_IDX, 'slot + phase * {stages}')}\n{fill(hopper_rows.COPIED, ready='k_ready')}",
+        "brought_ring": fill(hopper_rows.BRING_RING, places="2 * {stages}", tokens="BLOCK_N"),
         "brought_passed": "brought_ring",
         "k_arrivals": "34",  # the load, the label, and the copies of each thread
     }

@@ -77,7 +77,7 @@ class _Side:
             holes["sending_warp"],
             fill(hopper_backward.KERNEL, **holes),
         ]
-        literals = {"{streamed_rows}": self.streamed_rows, "{stages}": self.schedule.num_stages}
+        literals = {"{streamed_rows}": self.streamed_rows, "{stages}": self.schedule.num_stages, "{messages}": 2}
         return with_literals("\n".join(parts), {**literals, "{d}": self.q.size, "{dtype}": element_type(self.e)})
 
     def _operands(self) -> dict[str, str]:
@@ -132,8 +132,8 @@ class _Side:
             copies.append(self._copied_statistics())
             rings.append(f"statistics_ring = gl.allocate_shared_memory(gl.float32, [{2 * stages}, {self.streamed_rows}], {layout})")
         if self.brought is not None:
-            copies.append(bring(self.e, self.brought, self.moves.axis))
-            rings.append(fill(hopper_rows.BRING_RING, stages=str(stages), tokens=str(self.streamed_rows)))
+            copies.append(bring(self.e, self.brought, self.moves.axis, "slot"))
+            rings.append(fill(hopper_rows.BRING_RING, places=str(stages), tokens=str(self.streamed_rows)))
         if copies:
             moving = self._positions(f"gl.arange(0, {self.streamed_rows}, SHARED)", held=False)
             positions.insert(0, fill(hopper_rows.COPIED_POSITIONS, tokens=str(self.streamed_rows), positions=moving))
@@ -241,7 +241,9 @@ class _Side:
         )
         if self.test.may:
             products = fill(hopper_backward.WHERE_NEEDED, products=products)
-        return fill(hopper_backward.TILE, products=products, read_label=fill(hopper_rows.READ_LABEL, slot="slot"))
+        # without a last product nothing has needed the statistics yet
+        read = "" if self.sums else "fence_async_shared()"
+        return fill(hopper_backward.TILE, products=products, read=read, read_label=fill(hopper_rows.READ_LABEL, slot="slot", phase="phase"))
 
     def _find_needed(self) -> str:
         """How the loading warp knows which group needs a tile."""

@@ -85,6 +85,7 @@ def row_holes(e: Emission, kernel: str, row_tile: str, all_rows: str, ranges: bo
         "no_more": f"(-1{', 0' * (words + len(origins) - 1)})",
         "first_words": fill(hopper_rows.FIRST_WORDS, message=str(message)),
         "next_words": hopper_rows.NEXT_WORDS,
+        "row_done": hopper_rows.ROW_DONE,
         "read_ranges": hopper_rows.READ_RANGES,
         "after": hopper_rows.AFTER,
         "read_row": fill(
@@ -122,16 +123,16 @@ def brought(e: Emission, axis: Axis) -> Read | None:
     return None
 
 
-def bring(e: Emission, read: Read, axis: Axis) -> str:
-    """The copy of what is brought; `axis` names the positions of the tile."""
+def bring(e: Emission, read: Read, axis: Axis, place: str) -> str:
+    """The copy of what is brought to a place of its ring; `axis` names the positions of the tile."""
     names = FlatNames(e.program, {}, bounds=frozenset())
     pointer, _ = element_address(read, names)
-    return fill(hopper_rows.BRING, pointer=pointer, axis=axis.name, end="M" if axis == Q_IDX else "N")
+    return fill(hopper_rows.BRING, place=place, pointer=pointer, axis=axis.name, end="M" if axis == Q_IDX else "N")
 
 
-def read_brought(slot: str) -> str:
+def read_brought(place: str) -> str:
     """How a group reads it, where a tile has the tokens that move on columns."""
-    return f"brought = brought_ring.index({slot}).load(gl.SliceLayout(0, SCORES))[None, :]"
+    return f"brought = brought_ring.index({place}).load(gl.SliceLayout(0, SCORES))[None, :]"
 
 
 def every_tile(tile: str) -> str:

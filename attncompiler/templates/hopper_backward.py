@@ -20,11 +20,11 @@ def _load_{side}({streamed}, stream, at, operands, slot, phase):
     ({operands}) = operands
     {moving_positions}
     {find_needed}
-    mbarrier.wait(free.index(slot), phase)
+    mbarrier.wait(free.index(slot), phase ^ 1)
     mbarrier.expect(ready.index(slot), {streamed_bytes})
     tma.async_copy_global_to_shared({first_streamed}, [{first_streamed_at}, 0], ready.index(slot), first_ring.index(slot))
     tma.async_copy_global_to_shared({second_streamed}, [{second_streamed_at}, 0], ready.index(slot), second_ring.index(slot))
-    _label(tile, masked, needed, after, labels.index(slot))
+    _label(tile, masked, needed, after, labels.index(slot + phase * {stages}))
     {copies}
     mbarrier.arrive(ready.index(slot))
     return _next_slot(slot, phase, {stages})
@@ -39,7 +39,7 @@ def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, i
     ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
-    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
+    phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
     turn = 0
     place = 0
     while item < last:
@@ -50,9 +50,9 @@ def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, i
             row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables, False)
             b, h, {row_tile}, fulls, full_at, full_first, full_last = row[:7]
             partials, partial_at, partial_first, partial_last{origin_names} = row[7:]
-            mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-            _post((b, h, {row_tile}, fulls + partials{origin_names}), words.index(turn % 2), {words})
-            mbarrier.arrive(row_ready.index(turn % 2))
+            mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
+            _post((b, h, {row_tile}, fulls + partials{origin_names}), words.index(turn % {messages}), {words})
+            mbarrier.arrive(row_ready.index(turn % {messages}))
             turn += 1
             if member == 0:
                 {row_corner}
@@ -67,9 +67,9 @@ def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, i
             {every_tile}
         {next_item}
         place += 1
-    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-    _post({no_more}, words.index(turn % 2), {words})
-    mbarrier.arrive(row_ready.index(turn % 2))
+    mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
+    _post({no_more}, words.index(turn % {messages}), {words})
+    mbarrier.arrive(row_ready.index(turn % {messages}))
 '''
 
 LOAD_TILE = """
@@ -90,7 +90,7 @@ if masked:
 
 # O of the rows that stay comes before their first tile, through the ring: half in the place of either side.
 LOAD_OUTPUTS = """
-mbarrier.wait(free.index(slot), phase)
+mbarrier.wait(free.index(slot), phase ^ 1)
 mbarrier.expect(ready.index(slot), 2 * O.block_type.nbytes)
 first_half = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout)
 tma.async_copy_global_to_shared(O, [{first_half_at}, 0], ready.index(slot), first_half)
@@ -108,10 +108,10 @@ if PART == 0:
     delta = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
 else:
     delta = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
-delta = delta.to(gl.float32) * second.load(BY_ROWS).to(gl.float32)
+delta = gl.sum(delta.to(gl.float32) * second.load(BY_ROWS).to(gl.float32), 1)
+delta = gl.convert_layout(delta, gl.SliceLayout(1, SCORES))  # through shared memory, so every thread holds what it read of O
 mbarrier.arrive(free.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
-delta = gl.convert_layout(gl.sum(delta, 1), gl.SliceLayout(1, SCORES))
 {store_delta}
 """
 
@@ -162,6 +162,7 @@ def _rows_{side}(held, stream, written, messages, operands, PART: gl.constexpr):
         while after > 0:
             {tile}
         {finish}
+        {row_done}
         turn += 1
         {next_words}
 """
@@ -179,7 +180,7 @@ def _sends_{side}({sent}, held, written, messages, H):
         b = _word(words, places, 0)
         h = _word(words, places, 1)
         {row_tile} = _word(words, places, 2)
-        mbarrier.arrive(row_free.index(turn % 2))
+        mbarrier.arrive(row_free.index(turn % {messages}))
         {send_row}
         turn += 1
         {next_words}
@@ -206,6 +207,7 @@ TILE = """
 mbarrier.wait(ready.index(slot), phase)
 {read_label}
 {products}
+{read}
 mbarrier.arrive(free.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
 """
@@ -252,12 +254,12 @@ def {kernel}({parameters}):
     first_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {first_streamed}.layout)
     second_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {second_streamed}.layout)
     {rings}
-    labels = gl.allocate_shared_memory(gl.int32, [{stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    words = gl.allocate_shared_memory(gl.int32, [2, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    labels = gl.allocate_shared_memory(gl.int32, [2 * {stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    words = gl.allocate_shared_memory(gl.int32, [{messages}, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     held_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     held_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    row_ready = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
+    row_free = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
     written = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
@@ -266,6 +268,7 @@ def {kernel}({parameters}):
         mbarrier.init(written.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(held_free.index(i), count={freeing})
+    for i in gl.static_range({messages}):
         mbarrier.init(row_ready.index(i), count=1)
         mbarrier.init(row_free.index(i), count={row_readers})
     for i in gl.static_range({stages}):

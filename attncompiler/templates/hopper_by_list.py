@@ -26,7 +26,7 @@ def _takes({Q}, queries, lists, sizes, strides):
         b = _word(words, places, 0)
         h = _word(words, places, 1)
         q_tile = _word(words, places, 2)
-        mbarrier.arrive(row_free.index(turn % 2))
+        mbarrier.arrive(row_free.index(turn % {messages}))
         pair = b.to(gl.int64) * H + h
         place = q_tile * BLOCK_M + gl.arange(0, BLOCK_M, PLACES)
         query = gl.load(Index + pair * M + place, mask=place < M, other=0)

@@ -23,13 +23,13 @@ def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
     {copied_positions}
     k_ring, v_ring, labels, brought_ring = rings
     k_ready, k_free, v_ready, v_free = barriers
-    mbarrier.wait(k_free.index(slot), phase)
+    mbarrier.wait(k_free.index(slot), phase ^ 1)
     mbarrier.expect(k_ready.index(slot), {K}.block_type.nbytes)
     tma.async_copy_global_to_shared({K}, [{k_at}, 0], k_ready.index(slot), k_ring.index(slot))
-    _label(tile, masked, 3, after, labels.index(slot))
+    _label(tile, masked, 3, after, labels.index(slot + phase * {stages}))
     {copies}
     mbarrier.arrive(k_ready.index(slot))
-    mbarrier.wait(v_free.index(slot), phase)
+    mbarrier.wait(v_free.index(slot), phase ^ 1)
     mbarrier.expect(v_ready.index(slot), {V}.block_type.nbytes)
     tma.async_copy_global_to_shared({V}, [{v_at}, 0], v_ready.index(slot), v_ring.index(slot))
     return _next_slot(slot, phase, {stages})
@@ -99,6 +99,7 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
         lse = (m_i + gl.log2(l_i)) * {ln2}
         {store}
+        {row_done}
         turn += 1
         {next_words}
     tma.store_wait(0)
@@ -110,13 +111,13 @@ def attention_forward({parameters}):
     k_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {K}.layout)
     v_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {V}.layout)
     {brought_ring}
-    labels = gl.allocate_shared_memory(gl.int32, [{stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    labels = gl.allocate_shared_memory(gl.int32, [2 * {stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     {list_buffers}
-    messages = gl.allocate_shared_memory(gl.int32, [2, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    row_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    messages = gl.allocate_shared_memory(gl.int32, [{messages}, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row_ready = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
+    row_free = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
@@ -124,7 +125,7 @@ def attention_forward({parameters}):
     for i in gl.static_range(4):
         mbarrier.init(q_ready.index(i), count={q_arrivals})
         mbarrier.init(q_free.index(i), count=1)
-    for i in gl.static_range(2):
+    for i in gl.static_range({messages}):
         mbarrier.init(row_ready.index(i), count=1)
         mbarrier.init(row_free.index(i), count={row_readers})
     for i in gl.static_range({stages}):
@@ -184,7 +185,7 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
     ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
-    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
+    phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
     turn = 0
     while item < last:
         tiles = {q_tiles}
@@ -192,16 +193,16 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
         row = _row(head // H, head % H, rank, tiles, H, tables, True)
         b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
         {query_corner}
-        mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-        _post(row, messages.index(turn % 2), {words})
-        mbarrier.arrive(row_ready.index(turn % 2))
+        mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
+        _post(row, messages.index(turn % {messages}), {words})
+        mbarrier.arrive(row_ready.index(turn % {messages}))
         {load_queries}
         {every_tile}
         turn += 1
         {next_item}
-    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
-    _post({no_more}, messages.index(turn % 2), {words})
-    mbarrier.arrive(row_ready.index(turn % 2))
+    mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
+    _post({no_more}, messages.index(turn % {messages}), {words})
+    mbarrier.arrive(row_ready.index(turn % {messages}))
 """
 
 # Ticket, queue and ranges each say where the next lies. Where rows come so, the next is found while tiles are left to load.
@@ -212,15 +213,15 @@ def _post_queued(item, items, tables, operands, row_messages, turn):
     last, queue = items
     ({operands}) = operands
     messages, row_ready, row_free = row_messages
-    mbarrier.wait(row_free.index(turn % 2), (turn // 2 + 1) % 2)
+    mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
     if item < last:
         tiles = {q_tiles}
         next_row = gl.load(queue + 1 + item)
         row = _row(next_row // tiles // H, next_row // tiles % H, next_row % tiles, tiles, H, tables, True)
-        _post(row, messages.index(turn % 2), {words})
+        _post(row, messages.index(turn % {messages}), {words})
     else:
-        _post({no_more}, messages.index(turn % 2), {words})
-    mbarrier.arrive(row_ready.index(turn % 2))
+        _post({no_more}, messages.index(turn % {messages}), {words})
+    mbarrier.arrive(row_ready.index(turn % {messages}))
 
 
 @gluon.jit
@@ -230,13 +231,14 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
     ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
-    phase = 1  # a fresh barrier counts as having completed phase 1: the first waits fall through
+    phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
     turn = 0
     _post_queued(item, (last, queue), tables, operands, (words_of, row_ready, row_free), turn)
     {first_words}
     while _word(words, places, 0) >= 0:
         {read_row}
         {read_ranges}
+        {row_done}
         {load_queries}
         {every_tile}
         turn += 1

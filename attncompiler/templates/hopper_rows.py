@@ -1,4 +1,10 @@
-"""What the Hopper kernels share: rings of buffers, and how the loading warp tells the groups which row of tiles comes next."""
+"""What the Hopper kernels share: rings of buffers, and how the loading warp tells the groups which row of tiles comes next.
+
+What threads have read of shared memory must be in their registers before a group says that its place is free. The barrier of a group
+waits for no load, and while products keep shared memory busy one can take longer than the next tile takes to arrive (that was seen:
+single rows of delta made of the tile that came next). So a group frees a place when something needed all that it read there; what a
+tile is read for after its place is free, its label and what the mask reads, has a place for each of two passes of the ring.
+"""
 
 HELPERS = '''
 @gluon.jit
@@ -80,18 +86,20 @@ words = words_of.index(0).load(EVERYWHERE)
 """
 
 NEXT_WORDS = """
-mbarrier.wait(row_ready.index(turn % 2), turn // 2 % 2)
-words = words_of.index(turn % 2).load(EVERYWHERE)
+mbarrier.wait(row_ready.index(turn % {messages}), turn // {messages} % 2)
+words = words_of.index(turn % {messages}).load(EVERYWHERE)
 """
 
-# The numbers of a row, as they are read from a message; what it lay in may then be written again.
+# The numbers of a row, as they are read from a message.
 READ_ROW = """
 b = _word(words, places, 0)
 h = _word(words, places, 1)
 {row_tile} = _word(words, places, 2)
 {origin_words}
-mbarrier.arrive(row_free.index(turn % 2))
 """
+
+# At a row's end every thread has needed them.
+ROW_DONE = "mbarrier.arrive(row_free.index(turn % {messages}))"
 
 READ_RANGES = """
 fulls = _word(words, places, 3)
@@ -107,7 +115,7 @@ partial_last = _word(words, places, 10)
 # A group learns of a tile from its label. It does not follow the plan itself: while it waited for a number of that it would multiply
 # nothing.
 READ_LABEL = """
-about = gl.sum(labels.index({slot}).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+about = gl.sum(labels.index({slot} + {phase} * {stages}).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 tile = about >> 5
 masked = (about & 16) > 0
 needed = (about >> 2) & 3
@@ -138,7 +146,7 @@ after = gl.where(tile + 1 < last_tile, gl.where(masked, 1, 2), after)
 
 # What the mask reads of each token that moves comes with its tile; past the end it is 0.
 BRING = """
-async_copy.async_copy_global_to_shared(brought_ring.index(slot), {pointer}, mask={axis} < {end})
+async_copy.async_copy_global_to_shared(brought_ring.index({place}), {pointer}, mask={axis} < {end})
 """
 
 # How the threads of the loading warp share the tokens of such a copy.
@@ -149,7 +157,7 @@ SHARED: gl.constexpr = gl.BlockedLayout([{tokens} // 32], [32], [1], [0])
 
 COPIED = "async_copy.mbarrier_arrive({ready}.index(slot), increment_count=False)"
 
-BRING_RING = "brought_ring = gl.allocate_shared_memory(gl.int32, [{stages}, {tokens}], gl.SwizzledSharedLayout(1, 1, 1, [0]))"
+BRING_RING = "brought_ring = gl.allocate_shared_memory(gl.int32, [{places}, {tokens}], gl.SwizzledSharedLayout(1, 1, 1, [0]))"
 
 IMPORTS = """from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
