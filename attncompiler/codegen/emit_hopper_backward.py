@@ -54,10 +54,11 @@ class _Side:
         self.sums: list[Vector] = [x for x in ((self.v, self.k) if self.by_keys else (self.q,)) if x.name in wanted]
         self.sent = [vector for vector in self.sums if vector.name in e.layout.described]  # those that go out by TMA
         of_side = "kv" if self.by_keys else "q"
+        self.carries = not self.by_keys and bool(self.sums)  # a product is left to the next tile
         self.elements = [r for r in element_gradients(e.program, wanted) if side_of(r) == of_side]
         self.factors: dict[str, float] = {}
-        self.makes_delta = not self.by_keys and e.delta_with_queries
-        assert not self.makes_delta or self.held_rows == 2 * self.streamed_rows, "O takes the places of one tile that streams"
+        assert self.by_keys or e.delta_with_queries
+        assert self.held_rows == 2 * self.streamed_rows, "what stays in registers takes the places of one tile that streams"
         self.brought = self._brought()
         starts = f"{self.row_tile} * {self.held_rows} + PART * 64", f"tile * {self.streamed_rows}"
         self.test = group_test(e, self.stays, self.moves, *starts, self.streamed_rows)
@@ -69,7 +70,8 @@ class _Side:
         all_rows = f"B * {operands['held_heads']} * {operands['row_tiles']}"
         rows = row_holes(self.e, self.kernel, self.row_tile, all_rows, ranges=False)
         holes = {**rows, **operands, **self._copies(), "find_needed": self._find_needed()}
-        holes |= self._outputs(holes) | self._sends(holes)
+        holes |= self._held(holes)
+        holes |= self._sends(holes)
         load = fill(hopper_backward.LOAD_TILE, **holes)
         parts = [
             fill(hopper_backward.LOADS, every_tile=every_tile(load), **holes),
@@ -78,6 +80,7 @@ class _Side:
             fill(hopper_backward.KERNEL, **holes),
         ]
         literals = {"{streamed_rows}": self.streamed_rows, "{stages}": self.schedule.num_stages, "{messages}": 2}
+        literals["{places}"] = 2 if self.by_keys else 1
         return with_literals("\n".join(parts), {**literals, "{d}": self.q.size, "{dtype}": element_type(self.e)})
 
     def _operands(self) -> dict[str, str]:
@@ -183,23 +186,28 @@ class _Side:
             "registers": "240, 24, 24",
         }
 
-    def _outputs(self, holes: dict[str, str]) -> dict[str, str]:
-        """How the kernel for queries comes by O, where it makes delta."""
-        if not self.makes_delta:
-            return {"outputs": "", "load_outputs": ""}
-        halves = {}
-        for half, part in (("first", "0"), ("second", "1")):
-            halves[f"{half}_half_at"] = corner("h", 1, self._held_at(part))
+    def _held(self, holes: dict[str, str]) -> dict[str, str]:
+        """Where what stays lies, and how it comes."""
+        if self.by_keys:
+            return {
+                "outputs": "",
+                "held_names": "first_held, second_held, held_ready, held_free",
+                "held_passed": "first_held, second_held, held_ready, held_free",
+                "held_places": fill(hopper_backward.HELD_PLACES, **holes),
+                "load_held": fill(hopper_backward.LOAD_HELD, **holes),
+            }
+        at = {f"{half}_half_at": corner("h", 1, self._held_at(part)) for half, part in (("first", "0"), ("second", "1"))}
+        copied = fill(hopper_rows.COPIED, ready="ready") if holes["copies"] else ""  # each slot of the ring is arrived at as often
+        loads = [
+            fill(hopper_backward.LOAD_THROUGH_RING, tensor=tensor, held_box=holes["held_box"], copied=copied, **at)
+            for tensor in (holes["first_held"], holes["second_held"], "O")
+        ]
         return {
             "outputs": ", O",
-            "load_outputs": fill(
-                hopper_backward.LOAD_OUTPUTS,
-                **halves,
-                held_box=holes["held_box"],
-                copied=fill(hopper_rows.COPIED, ready="ready")
-                if holes["copies"]
-                else "",  # each slot of the ring is arrived at as often
-            ),
+            "held_names": "leaving_held, held_free",
+            "held_passed": f"{'leaving_held' if self.sent else 'None'}, held_free",
+            "held_places": fill(hopper_backward.LEAVING, **holes) if self.sent else "",
+            "load_held": "".join(loads),
         }
 
     def _brought(self) -> Read | None:
@@ -230,20 +238,21 @@ class _Side:
             left=left,
             right=right,
             streamed_reference=f"reference = {statistics.format('')}" if self.by_keys else "",
+            carried=self._carrying(hopper_backward.CARRIED),
+            behind_scores="2" if self.carries else "1",
             streamed_delta=f"delta = {statistics.format(' + 1')}" if self.by_keys else "",
             weights=weights,
             along=self.along,
             values=self._values(),
-            outstanding="1" if self._values() else "0",
+            behind_slopes="1" if self._values() or self.carries else "0",
             gradients="\n".join(gradients),
             moving_positions=self._positions("within", held=False),
             reads="\n".join(reads),
         )
         if self.test.may:
-            products = fill(hopper_backward.WHERE_NEEDED, products=products)
-        # without a last product nothing has needed the statistics yet
-        read = "" if self.sums else "fence_async_shared()"
-        return fill(hopper_backward.TILE, products=products, read=read, read_label=fill(hopper_rows.READ_LABEL, slot="slot", phase="phase"))
+            products = fill(hopper_backward.WHERE_NEEDED, products=products, otherwise=self._carrying(hopper_backward.PASS_OVER))
+        free = "" if self.carries else hopper_backward.FREE if self.sums else hopper_backward.FREE_WHEN_READ
+        return fill(hopper_backward.TILE, products=products, free=free, read_label=fill(hopper_rows.READ_LABEL, slot="slot", phase="phase"))
 
     def _find_needed(self) -> str:
         """How the loading warp knows which group needs a tile."""
@@ -260,6 +269,13 @@ class _Side:
         scores = "\n".join(filter(None, [f"scores = {score}", mask]))
         return fill(hopper_backward.WEIGHTS, scores=scores, scale=scale, along=self.along)
 
+    def _carrying(self, template: str) -> str:
+        """Text of a kernel that leaves the last product of each tile to the next."""
+        if not self.carries:
+            return ""
+        add = fill(hopper_backward.ADD_CARRIED, sum=f"d{self.q.name}")
+        return fill(template, sum=f"d{self.q.name}", add_carried=add, nothing_carried=hopper_backward.NOTHING_CARRIED)
+
     def _values(self) -> str:
         """The product that adds to the gradient of the values."""
         if not self.by_keys or self.v not in self.sums:
@@ -273,15 +289,20 @@ class _Side:
         mine, theirs = (self.k, self.q) if self.by_keys else (self.q, self.k)
         if mine in self.sums:
             slopes, self.factors[mine.name] = self._slopes(names, self.dot)
-            lines += [
-                slopes,
-                "slopes = gl.convert_layout(slopes.to({dtype}), WEIGHTS)",
-                f"d{mine.name} = warpgroup_mma(slopes, {theirs.name}, d{mine.name}, is_async=True)",
-            ]
+            if self.carries:
+                lines.append(f"{slopes}\nslopes_of_queries = slopes")
+            else:
+                lines += [
+                    slopes,
+                    "slopes = gl.convert_layout(slopes.to({dtype}), WEIGHTS)",
+                    f"d{mine.name} = warpgroup_mma(slopes, {theirs.name}, d{mine.name}, is_async=True)",
+                ]
         for read in self.elements:
             slopes, factor = self._slopes(names, read)
             lines += [slopes, f"d_{tag(self.e, read)} += tl.sum({scaled('slopes', factor)}, 1)"]
         lines += [] if self.by_keys else self._pairs(names)
+        if self.carries:
+            return [*lines, self._carrying(hopper_backward.CARRY)]
         sums = ", ".join(f"d{vector.name}" for vector in self.sums)
         return [*lines, f"{sums} = warpgroup_mma_wait(0, ({sums},))"] if sums else lines
 
@@ -305,16 +326,18 @@ class _Side:
         if not self.by_keys:
             start += [
                 "rows = (b.to(tl.int64) * H + h) * M + q_idx",
-                reference if self.makes_delta else softmax_backward.LOAD_DELTA.strip(),
+                reference,
             ]
-        start.append("mbarrier.wait(held_ready.index(at), place // 2 % 2)")
-        start += [f"{place} = {place}_held.index(at).reshape([64, {{d}}])" for place in ("first", "second")]
-        if self.makes_delta:
             held_box = listed(self.e.descriptor_block(self.kernel, "DO"))
-            start.append(fill(hopper_backward.MAKE_DELTA, held_box=held_box, store_delta=store_delta))
+            start.append(fill(hopper_backward.TAKE_FROM_RING, held_box=held_box, store_delta=store_delta))
+            start.append(self._carrying(hopper_backward.NOTHING_CARRIED))
+        else:
+            start.append("mbarrier.wait(held_ready.index(at), place // 2 % 2)")
+            start += [f"{place} = {place}_held.index(at).reshape([64, {{d}}])" for place in ("first", "second")]
         return {
             "no_sums": "\n".join(f"{name} = no_sums" for name in sums) if self.members > 1 else "",
             "start": "\n".join(filter(None, start)),
+            "settle": self._carrying(hopper_backward.SETTLE),
             "finish": self._finish(),
         }
 
@@ -325,7 +348,7 @@ class _Side:
 
     def _place_of(self, vector: Vector) -> str:
         """In the place of which side a gradient goes out."""
-        return "second" if vector is self.v else "first"
+        return "second" if vector is self.v else "first" if self.by_keys else "leaving"
 
     def _finish(self) -> str:
         """What a row leaves: elements of each head, then what its heads have summed."""
@@ -343,7 +366,8 @@ class _Side:
                 stored.append(fill(hopper_backward.STORE, axis=axis, name=vector.name, head=head_text, end=end, value=value))
         if self.sent:
             stored += ["fence_async_shared()", "mbarrier.arrive(written.index(at))"]
-        else:
+            stored.insert(0, "" if self.by_keys else hopper_backward.LEFT)
+        elif self.by_keys:
             stored.insert(0, "mbarrier.arrive(held_free.index(place % 2))")
         store = "\n".join(piece.strip("\n") for piece in stored)
         if self.members == 1:

@@ -1,10 +1,11 @@
 """The backward kernels of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute, one warp sends.
 
-A row is a tile of 128 tokens of one side, 64 for each group, which stays in shared memory (`held`) while tiles of 64 tokens of the
-other side stream past it: K and V, past which come Q and dO, in the kernel for the gradients of keys; Q and dO, past which come K
-and V, in the one for those of queries. There O comes first, through the ring: delta is made of it and the dO that is held, and left to
-the other kernel. What is held has two places, so that the next row's loads run under the end of the last. Gradients go out through
-the place of what was held; a warp of its own waits until they have left, for a group that waits multiplies nothing.
+A row is a tile of 128 tokens of one side, 64 for each group, which stays while tiles of 64 tokens of the other side stream past it
+through a ring. In the kernel for the gradients of keys, whose groups have no register to spare, K and V stay in shared memory (`held`),
+in two places, so that the next row's loads run under the end of the last; gradients go out through the place of what was held. In the
+one for those of queries Q and dO stay in registers, so products read one operand less from shared memory and the ring is twice as
+long: they come through it before a row's first tile, and so does O, of which delta is made and left to the other kernel.
+A warp of its own waits until gradients have left, for a group that waits multiplies nothing.
 With each tile the loading warp leaves its number and which group needs it: groups neither follow the plan nor look at bounds.
 Scores have the held side on rows: weights and their gradients then go from the registers of one product into the next, and no tile
 is transposed. One loop serves masked tiles and others: of two loops that share what is held, ptxas (of CUDA 12.8) computes the
@@ -32,7 +33,7 @@ def _load_{side}({streamed}, stream, at, operands, slot, phase):
 
 @gluon.jit
 def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, items, operands):
-    first_held, second_held, held_ready, held_free = held
+    {held_names} = held
     first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
     words, row_ready, row_free = messages
     item, last, step, shares{queue} = items
@@ -56,14 +57,7 @@ def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, i
             turn += 1
             if member == 0:
                 {row_corner}
-                mbarrier.wait(held_free.index(place % 2), (place // 2 + 1) % 2)
-                for part in gl.static_range(2):
-                    at = place % 2 * 2 + part
-                    loaded = held_ready.index(at)
-                    mbarrier.expect(loaded, {held_bytes})
-                    tma.async_copy_global_to_shared({first_held}, [{first_held_at}, 0], loaded, first_held.index(at))
-                    tma.async_copy_global_to_shared({second_held}, [{second_held_at}, 0], loaded, second_held.index(at))
-                {load_outputs}
+                {load_held}
             {every_tile}
         {next_item}
         place += 1
@@ -88,28 +82,52 @@ if masked:
         needed |= ({may}).to(gl.int32) << part
 """
 
-# O of the rows that stay comes before their first tile, through the ring: half in the place of either side.
-LOAD_OUTPUTS = """
+LOAD_HELD = """
+mbarrier.wait(held_free.index(place % 2), (place // 2 + 1) % 2)
+for part in gl.static_range(2):
+    at = place % 2 * 2 + part
+    loaded = held_ready.index(at)
+    mbarrier.expect(loaded, {held_bytes})
+    tma.async_copy_global_to_shared({first_held}, [{first_held_at}, 0], loaded, first_held.index(at))
+    tma.async_copy_global_to_shared({second_held}, [{second_held_at}, 0], loaded, second_held.index(at))
+"""
+
+# What stays in registers comes through the ring: half in the place of either side.
+LOAD_THROUGH_RING = """
 mbarrier.wait(free.index(slot), phase ^ 1)
-mbarrier.expect(ready.index(slot), 2 * O.block_type.nbytes)
-first_half = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout)
-tma.async_copy_global_to_shared(O, [{first_half_at}, 0], ready.index(slot), first_half)
-second_half = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], O.layout)
-tma.async_copy_global_to_shared(O, [{second_half_at}, 0], ready.index(slot), second_half)
+mbarrier.expect(ready.index(slot), 2 * {tensor}.block_type.nbytes)
+first_half = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], {tensor}.layout)
+tma.async_copy_global_to_shared({tensor}, [{first_half_at}, 0], ready.index(slot), first_half)
+second_half = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], {tensor}.layout)
+tma.async_copy_global_to_shared({tensor}, [{second_half_at}, 0], ready.index(slot), second_half)
 {copied}
 mbarrier.arrive(ready.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
 """
 
-MAKE_DELTA = """
+# Half of them is a group's own. Delta goes through shared memory to the threads that need it, so then all hold what they read.
+TAKE_FROM_RING = """
 BY_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // {d}, {d} // 8], [4, 1], [1, 0])
-mbarrier.wait(ready.index(slot), phase)
+HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([{held_box}], {dtype})
 if PART == 0:
-    delta = first_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
+    halves = first_ring._reinterpret({dtype}, [{stages}, {held_box}], HALF)
 else:
-    delta = second_ring.index(slot)._reinterpret({dtype}, [{held_box}], second_held.layout).reshape([64, {d}]).load(BY_ROWS)
-delta = gl.sum(delta.to(gl.float32) * second.load(BY_ROWS).to(gl.float32), 1)
-delta = gl.convert_layout(delta, gl.SliceLayout(1, SCORES))  # through shared memory, so every thread holds what it read of O
+    halves = second_ring._reinterpret({dtype}, [{stages}, {held_box}], HALF)
+first_slot = slot
+mbarrier.wait(ready.index(slot), phase)
+first = halves.index(slot).reshape([64, {d}]).load(gl.DotOperandLayout(0, SCORES, 2))
+slot, phase = _next_slot(slot, phase, {stages})
+second_slot = slot
+mbarrier.wait(ready.index(slot), phase)
+second = halves.index(slot).reshape([64, {d}]).load(gl.DotOperandLayout(0, SCORES, 2))
+second_rows = halves.index(slot).reshape([64, {d}]).load(BY_ROWS)
+slot, phase = _next_slot(slot, phase, {stages})
+mbarrier.wait(ready.index(slot), phase)
+delta = gl.sum(halves.index(slot).reshape([64, {d}]).load(BY_ROWS).to(gl.float32) * second_rows.to(gl.float32), 1)
+delta = gl.convert_layout(delta, gl.SliceLayout(1, SCORES))
+fence_async_shared()
+mbarrier.arrive(free.index(first_slot))
+mbarrier.arrive(free.index(second_slot))
 mbarrier.arrive(free.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
 {store_delta}
@@ -136,7 +154,7 @@ else:
 ROWS = """
 @gluon.jit
 def _rows_{side}(held, stream, written, messages, operands, PART: gl.constexpr):
-    first_held, second_held, held_ready, held_free = held
+    {held_names} = held
     first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
     words_of, row_ready, row_free = messages
     ({operands}) = operands
@@ -155,12 +173,13 @@ def _rows_{side}(held, stream, written, messages, operands, PART: gl.constexpr):
     while _word(words, places, 0) >= 0:
         {read_row}
         {row_positions}
-        at = place % 2 * 2 + PART
+        at = place % {places} * 2 + PART
         {start}
         {before}
         after = _word(words, places, 3)
         while after > 0:
             {tile}
+        {settle}
         {finish}
         {row_done}
         turn += 1
@@ -171,7 +190,7 @@ def _rows_{side}(held, stream, written, messages, operands, PART: gl.constexpr):
 SENDS = """
 @gluon.jit
 def _sends_{side}({sent}, held, written, messages, H):
-    first_held, second_held, held_ready, held_free = held
+    {held_names} = held
     words_of, row_ready, row_free = messages
     turn = 0
     place = 0
@@ -189,11 +208,11 @@ def _sends_{side}({sent}, held, written, messages, H):
 SEND_ROW = """
 {row_corner}
 for part in gl.static_range(2):
-    at = place % 2 * 2 + part
-    mbarrier.wait(written.index(at), place // 2 % 2)
+    at = place % {places} * 2 + part
+    mbarrier.wait(written.index(at), place // {places} % 2)
     {send}
 tma.store_wait(0)
-mbarrier.arrive(held_free.index(place % 2))
+mbarrier.arrive(held_free.index(place % {places}))
 place += 1
 """
 
@@ -207,10 +226,14 @@ TILE = """
 mbarrier.wait(ready.index(slot), phase)
 {read_label}
 {products}
-{read}
-mbarrier.arrive(free.index(slot))
+{free}
 slot, phase = _next_slot(slot, phase, {stages})
 """
+
+FREE = "mbarrier.arrive(free.index(slot))"
+
+# Without a last product nothing has needed the statistics yet.
+FREE_WHEN_READ = "fence_async_shared()\nmbarrier.arrive(free.index(slot))"
 
 PRODUCTS = """
 {moving_positions}
@@ -219,11 +242,12 @@ PRODUCTS = """
 {right} = second_ring.index(slot).reshape([{streamed_rows}, {d}])
 qk = warpgroup_mma(first, {left}.permute((1, 0)), nothing, use_acc=False, is_async=True)
 dp = warpgroup_mma(second, {right}.permute((1, 0)), nothing, use_acc=False, is_async=True)
+{carried}
 {streamed_reference}
-qk = warpgroup_mma_wait(1, (qk,))
+qk = warpgroup_mma_wait({behind_scores}, (qk,))
 {weights}
 {values}
-dp = warpgroup_mma_wait({outstanding}, (dp,))
+dp = warpgroup_mma_wait({behind_slopes}, (dp,))
 {streamed_delta}
 ds = p * (dp - delta{along})
 {gradients}
@@ -232,6 +256,46 @@ ds = p * (dp - delta{along})
 WHERE_NEEDED = """
 if ((needed >> PART) & 1) > 0:
     {products}
+{otherwise}
+"""
+
+# The gradient of queries runs a tile behind: what the tile `before` adds is multiplied after the first products of the next one, so a
+# group does not wait for it, and the keys of that tile keep their place so long. A row's first tile adds what is carried then: nothing.
+NOTHING_CARRIED = """
+carried = nothing
+before = gl.to_tensor(-1)
+"""
+
+CARRIED = """
+keys_before = first_ring.index(gl.where(before < 0, slot, before)).reshape([{streamed_rows}, {d}])
+moved = warpgroup_mma(gl.convert_layout(carried.to({dtype}), WEIGHTS), keys_before, {sum}, is_async=True)
+"""
+
+CARRY = """
+{sum}, carried = warpgroup_mma_wait(0, (moved, slopes_of_queries))
+mbarrier.arrive(free.index(gl.maximum(before, 0)), pred=before >= 0)
+before = slot
+"""
+
+ADD_CARRIED = """
+slopes = gl.convert_layout(carried.to({dtype}), WEIGHTS)
+{sum} = warpgroup_mma(slopes, first_ring.index(before).reshape([{streamed_rows}, {d}]), {sum}, is_async=True)
+{sum} = warpgroup_mma_wait(0, ({sum},))
+mbarrier.arrive(free.index(before))
+"""
+
+SETTLE = """
+if before >= 0:
+    {add_carried}
+"""
+
+# A place must not be kept while so many tiles pass that the next one to wait for comes into it.
+PASS_OVER = """
+else:
+    if before == _next_slot(slot, phase, {stages})[0]:
+        {add_carried}
+        {nothing_carried}
+    mbarrier.arrive(free.index(slot))
 """
 
 WEIGHTS = """
@@ -249,8 +313,7 @@ else:
 KERNEL = """
 @gluon.jit
 def {kernel}({parameters}):
-    first_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {first_held}.layout)  # two for each group
-    second_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {second_held}.layout)
+    {held_places}
     first_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {first_streamed}.layout)
     second_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {second_streamed}.layout)
     {rings}
@@ -275,7 +338,7 @@ def {kernel}({parameters}):
         mbarrier.init(ready.index(i), count={ready_count})
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
-    held = (first_held, second_held, held_ready, held_free)
+    held = ({held_passed})
     stream = (first_ring, second_ring, labels, ready, free, {rings_passed})
     messages = (words, row_ready, row_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
@@ -293,6 +356,16 @@ def {kernel}({parameters}):
         [{registers}],
     )
 """
+
+# Two places for each group.
+HELD_PLACES = """
+first_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {first_held}.layout)
+second_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {second_held}.layout)
+"""
+
+LEAVING = "leaving_held = gl.allocate_shared_memory({dtype}, [2, {held_box}], {first_held}.layout)"
+
+LEFT = "mbarrier.wait(held_free.index(0), (place + 1) % 2)  # what went out before"
 
 STORE_TILE = """
 {place}_held.index(at).reshape([64, {d}]).store(({value}).to({dtype}))

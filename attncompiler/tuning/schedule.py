@@ -173,9 +173,9 @@ def _half(d: int) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
 
 
 def _warp_roles() -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
-    """Two groups with 64 rows each; what they hold has two places in the backward, which leaves room for three streamed tiles."""
+    """Two groups with 64 rows each. In the backward for keys what they hold has two places, which leaves room for three streamed tiles."""
     K = KernelSchedule
-    return K(128, 128, 4, 2), K(128, 64, 4, 3), K(64, 128, 4, 3)
+    return K(128, 128, 4, 2), K(128, 64, 4, 6), K(64, 128, 4, 3)
 
 
 def _few_queries(d: int, wide: bool) -> tuple[KernelSchedule, KernelSchedule, KernelSchedule]:
