@@ -1,6 +1,6 @@
-"""Where the time of a backward kernel goes: clock readings of its two computing groups, on a GPU with warp roles (sm_90).
+"""Where the time of a kernel goes: clock readings of its two computing groups, on a GPU with warp roles (sm_90).
 
-    python benchmarks/gpu_trace.py [--only circle-r16,na2d-17x17] [--kernel keys|queries]
+    python benchmarks/gpu_trace.py [--only circle-r16,na2d-17x17,documents] [--kernel keys|queries|forward]
 
 The emitted source is given a reading of the clock between its steps, by text, so a run is some 30 % slower than without: compare shares
 and medians. Of long rows the first readings are kept. Cycles are of one multiprocessor's clock; "n" counts the steps of both groups of
@@ -20,9 +20,11 @@ from gpu_masks import cases
 from tabulate import tabulate
 from torch import Tensor
 
+from attncompiler import masks
 from attncompiler.codegen import kernel_module
 from attncompiler.dsl.attention import declare
 from attncompiler.runtime import prepared, triton_launch
+from attncompiler.runtime.outputs import attention_outputs
 
 _MOST = 4096  # readings of a group
 _WORDS_BEFORE = 1024  # of the memory that the readings follow
@@ -39,50 +41,93 @@ def _log(log, count, what: gl.constexpr, where):
 
 
 '''
-# Steps, and the line of a group's code before (-1) or behind (1) which each ends: the last line that fits.
-_STEPS = [
-    ("next message", r"mbarrier\.arrive\(row_free", -1),
-    ("row set up, held tile there", r"mbarrier\.wait\(held_ready", 1),
+# Steps, and the line of a group's code before (-1) or behind (1) which each ends: the last line that fits, or, of the forward, all.
+_BACKWARD = [
+    ("next message", r"words = words_of", 1),
+    ("row set up, what stays there", r"after = _word", -1),
     ("from tile to tile", r"mbarrier\.wait\(ready", -1),
     ("wait for a tile", r"mbarrier\.wait\(ready", 1),
     ("first product", r"qk = warpgroup_mma_wait", 1),
     ("weights", r"dp = warpgroup_mma_wait", -1),
     ("second product", r"dp = warpgroup_mma_wait", 1),
     ("slopes", r"d\w+(, d\w+)?,? = warpgroup_mma_wait\(0", -1),
-    ("last products, or none", r"mbarrier\.arrive\(free", -1),
+    ("last products, or none", r"mbarrier\.arrive\(free\.index\((slot|gl)", -1),
     ("gradients written", r"turn \+= 1", -1),
+]
+_FORWARD = [
+    ("next message", r"words = words_of", 1),
+    ("row set up, queries there", r"mbarrier\.wait\(q_ready", 1),
+    ("from tile to tile", r"mbarrier\.wait\(k_ready", -1),
+    ("wait for keys", r"mbarrier\.wait\(k_ready", 1),
+    ("label, positions", r"mbarrier\.wait\(v_ready", -1),
+    ("wait for values", r"mbarrier\.wait\(v_ready", 1),
+    ("product of keys", r"qk = warpgroup_mma_wait", 1),
+    ("softmax", r"acc = warpgroup_mma_wait", -1),
+    ("product of values", r"acc = warpgroup_mma_wait", 1),
+    ("sums over threads", r"rcp = ", -1),
+    ("outputs written", r"turn \+= 1", -1),
 ]
 
 
+def _steps(kernel: str) -> list[tuple[str, str, int]]:
+    return _FORWARD if kernel == "forward" else _BACKWARD
+
+
 def traced(source: str, kernel: str) -> str:
-    """Emitted source whose groups of one kernel, "keys" or "queries", write down what they do and when."""
+    """Emitted source whose groups of one kernel, "keys", "queries" or "forward", write down what they do and when."""
+    if kernel == "forward":
+        begin = source.index("@gluon.jit\ndef _rows(")
+        rows = source[begin : source.index("\n\n\n", begin) + 1]
+        memory = f"Lse.to(gl.pointer_type(gl.int32)) + B * H * M + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + GROUP)"
+        text = source.replace(rows, _with_readings(rows, kernel, "keys = ", memory))
+        handed = re.search(r"    operands = \((.*)\)\n", text)
+        assert handed is not None
+        text = text.replace(f"({handed[1]}) = operands\n", f"({handed[1]}, B) = operands\n")
+        text = text.replace(handed[0], f"    operands = ({handed[1]}, B)\n")
+        return text.replace("@gluon.jit\ndef _row_sums(", f"{_LOG.format(most=_MOST)}@gluon.jit\ndef _row_sums(")
     begin, end = source.index(f"@gluon.jit\ndef _rows_{kernel}("), source.index(f"@gluon.jit\ndef attention_backward_{kernel}(")
     rows = source[begin : source.index("\n\n\n", begin) + 1]
-    plain, lines = rows.splitlines(), []
-    last = [max(at for at, line in enumerate(plain) if re.search(text, line)) for _, text, _ in _STEPS]
-    for at, line in enumerate(plain):
-        found = [place for place in range(len(_STEPS)) if last[place] == at]
-        logs = {
-            place: f"{' ' * (len(line) - len(line.lstrip()))}log_count = _log(log, log_count, {place}, within)" for place in found
-        }
-        lines += [logs[place] for place in found if _STEPS[place][2] < 0]
-        lines.append(line)
-        lines += [logs[place] for place in found if _STEPS[place][2] > 0]
-        if line.strip().startswith("within = "):
-            lines += [f"    log = NextRow + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + PART) * {2 * _MOST}", "    log_count = 0"]
+    memory = f"NextRow + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + PART)"
     end_of_kernel = source.index("[240, 24", end)
     body = source[end:end_of_kernel]
     handed = re.search(r"    operands = \((.*)\)\n", body)
     assert handed is not None
     unpacked = f"({handed[1]}) = operands\n"
-    text = source[:end_of_kernel].replace(rows, "\n".join(lines) + "\n").replace(unpacked, f"({handed[1]}, NextRow) = operands\n")
+    text = source[:end_of_kernel].replace(rows, _with_readings(rows, kernel, "within = ", memory)).replace(unpacked, f"({handed[1]}, NextRow) = operands\n")
     text = text.replace(handed[0], f"    operands = ({handed[1]}, NextRow)\n") + source[end_of_kernel:]
     return text.replace(f"@gluon.jit\ndef _load_{kernel}(", f"{_LOG.format(most=_MOST)}@gluon.jit\ndef _load_{kernel}(")
 
 
+def _with_readings(rows: str, kernel: str, first: str, memory: str) -> str:
+    """The code of the groups with readings into `memory`, which may begin behind the line that starts with `first`."""
+    plain, lines, steps = rows.splitlines(), [], _steps(kernel)
+    where = first.split()[0]
+    ends = [[at for at, line in enumerate(plain) if re.search(text, line)] for _, text, _ in steps]
+    ends = ends if kernel == "forward" else [found[-1:] for found in ends]
+    for at, line in enumerate(plain):
+        found = [place for place in range(len(steps)) if at in ends[place]]
+        indent = " " * (len(line) - len(line.lstrip()))
+        logs = {place: f"{indent}log_count = _log(log, log_count, {place}, {where})" for place in found}
+        lines += [logs[place] for place in found if steps[place][2] < 0]
+        lines.append(line)
+        lines += [logs[place] for place in found if steps[place][2] > 0]
+        if line.strip().startswith(first):
+            lines += [f"    log = {memory} * {2 * _MOST}", "    log_count = 0"]
+    return "\n".join(lines) + "\n"
+
+
+def _case(name: str) -> tuple[masks.Mask, int, int]:
+    """A mask, how many tokens and how many heads it is for: one of `gpu_masks.py`, or a dozen causal documents."""
+    if name == "documents":
+        ids = torch.sort(torch.randint(0, 12, (16384,), generator=torch.Generator().manual_seed(0))).values.to(torch.int32)
+        return masks.causal() & masks.document(ids.cuda()), 16384, 16
+    case = next(case for case in cases() if case.name == name)
+    return case.mask, case.tokens, case.heads
+
+
 def _readings(case_name: str, kernel: str, d: int) -> Tensor:
     """int32 [programs, groups, readings, (step, clock)] of one backward."""
-    case = next(case for case in cases() if case.name == case_name)
+    mask, tokens, heads = _case(case_name)
     memory: list[Tensor] = []
 
     def zeros(size: int, **options: object) -> Tensor:
@@ -90,26 +135,38 @@ def _readings(case_name: str, kernel: str, d: int) -> Tensor:
         memory.append(torch.zeros(size + _WORDS_BEFORE + 2 * 2 * _MOST * 256, **options))  # type: ignore[call-overload]
         return memory[-1]
 
+    def outputs(*arguments: object) -> tuple[Tensor, Tensor]:
+        """O, and an lse with room for the readings behind it."""
+        o, lse = attention_outputs(*arguments)  # type: ignore[arg-type]
+        memory.append(torch.zeros(lse.numel() + _WORDS_BEFORE + 2 * 2 * _MOST * 256, device=lse.device))
+        return o, memory[-1][: lse.numel()].view(lse.shape)
+
     load = kernel_module.load_module
-    prepared.load_module = lambda source: load(traced(source, kernel) if f"def _rows_{kernel}(" in source else source)
+    begins = "def _rows(" if kernel == "forward" else f"def _rows_{kernel}("
+    prepared.load_module = lambda source: load(traced(source, kernel) if begins in source else source)
+    if kernel == "forward":
+        triton_launch.attention_outputs = outputs
     triton_launch.torch = SimpleNamespace(**{**vars(torch), "zeros": zeros})
-    qkv = [torch.randn(1, case.heads, case.tokens, d, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    program, made = declare(*qkv, keep=case.mask).program, dict(zip("qkv", qkv, strict=True))
-    o, lse, rcp = triton_launch.forward(program, made, {}, True)
+    qkv = [torch.randn(1, heads, tokens, d, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    declared = declare(*qkv, keep=mask)
+    program = declared.program
+    made = dict(zip((tensor.name for tensor in program.tensors), (*qkv, *declared.captured), strict=True))
     for _ in range(3):
-        triton_launch.backward(program, made, {}, o, lse, rcp, torch.randn_like(o), None, frozenset("qkv"))
-    counters = -(-lse.numel() // 4) * 8  # behind reference and delta
+        o, lse, rcp = triton_launch.forward(program, made, {}, True)
+        if kernel != "forward":
+            triton_launch.backward(program, made, {}, o, lse, rcp, torch.randn_like(o), None, frozenset("qkv"))
+    counters = lse.numel() if kernel == "forward" else -(-lse.numel() // 4) * 8  # behind reference and delta
     words = memory[-1][counters + _WORDS_BEFORE :].view(torch.int32)[: _PROGRAMS * 4 * _MOST]
     return words.view(_PROGRAMS, 2, _MOST, 2).cpu()
 
 
-def table(readings: Tensor) -> str:
+def table(readings: Tensor, kernel: str) -> str:
     """What each step takes, the longest in all first."""
     took: dict[str, list[int]] = defaultdict(list)
     for group in readings.flatten(0, 1):
         steps, clocks = group[group[:, 1] != 0].to(torch.int64).unbind(1)
         for step, before, now in zip(steps[1:].tolist(), clocks[:-1].tolist(), clocks[1:].tolist(), strict=True):
-            took[_STEPS[step][0]].append((now - before) & 0xFFFFFFFF)
+            took[_steps(kernel)[step][0]].append((now - before) & 0xFFFFFFFF)
     total = sum(map(sum, took.values()))
     rows = []
     for name, cycles in sorted(took.items(), key=lambda item: -sum(item[1])):
@@ -122,7 +179,7 @@ def table(readings: Tensor) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="na2d-17x17,circle-r16")
-    parser.add_argument("--kernel", default="keys", choices=["keys", "queries"])
+    parser.add_argument("--kernel", default="keys", choices=["keys", "queries", "forward"])
     parser.add_argument("--d", type=int, default=128)
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -130,7 +187,7 @@ def main() -> int:
         return 1
     for name in arguments.only.split(","):
         print(f"\n{name}, {arguments.kernel}\n")
-        print(table(_readings(name, arguments.kernel, arguments.d)))
+        print(table(_readings(name, arguments.kernel, arguments.d), arguments.kernel))
     return 0
 
 

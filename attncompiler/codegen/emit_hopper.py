@@ -40,7 +40,7 @@ def hopper_forward_source(e: Emission) -> str:
     read = brought(e, KV_IDX)
     masked_reads, masked, masked_scale = _scores(e, names.loaded if read is None else {**names.loaded, read: "brought"}, True)
     if read is not None:
-        masked_reads = f"{read_brought('k_slot + k_phase * {stages}')}\n{masked_reads}"
+        masked = f"{read_brought('k_slot + k_phase * {stages}')}\n{masked}"  # here and not before: registers are few
     reads, full, scale = _scores(e, names.loaded, False)
     extra = []
     for expr in e.program.weigh.extra:
@@ -113,7 +113,7 @@ def hopper_forward_source(e: Emission) -> str:
             "BLOCK_M": schedule.block_m,
             "BLOCK_N": schedule.block_n,
             "{stages}": schedule.num_stages,
-            "{messages}": 4,  # a loader that takes rows from a queue says the next one early
+            "{messages}": 4 if e.has_queue(KERNEL) else 2,  # a loader that takes rows from a queue says early which comes next
             "{d}": q.size,
             "{dtype}": element_type(e),
         },

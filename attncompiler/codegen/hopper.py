@@ -86,6 +86,7 @@ def row_holes(e: Emission, kernel: str, row_tile: str, all_rows: str, ranges: bo
         "first_words": fill(hopper_rows.FIRST_WORDS, message=str(message)),
         "next_words": hopper_rows.NEXT_WORDS,
         "row_done": hopper_rows.ROW_DONE,
+        "row_before_done": hopper_rows.ROW_BEFORE_DONE,
         "read_ranges": hopper_rows.READ_RANGES,
         "after": hopper_rows.AFTER,
         "read_row": fill(

@@ -75,10 +75,11 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         {masked_reads}
         tma.store_wait(0)  # of the row before, which went out through the other buffer
         mbarrier.arrive(q_free.index((turn + 1) % 2 * 2 + GROUP), pred=turn > 0)
+        {row_before_done}
         qk = warpgroup_mma_wait(0, (qk,))
         mbarrier.arrive(k_free.index(k_slot))
-        k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
         {masked_scores}
+        k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
         m_i = gl.maximum(m_i, gl.max(scores, 1){masked_scale})
         p = _exp2(scores{masked_scale} - m_i[:, None])
         l_i = _row_sums(p)
@@ -99,7 +100,6 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         out = acc * gl.expand_dims(gl.convert_layout(rcp, gl.SliceLayout(1, OUTPUT)), 1)
         lse = (m_i + gl.log2(l_i)) * {ln2}
         {store}
-        {row_done}
         turn += 1
         {next_words}
     tma.store_wait(0)
@@ -163,8 +163,8 @@ mbarrier.wait(v_ready.index(v_slot), v_phase)
 moved = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
 qk = warpgroup_mma_wait(1, (qk,))
 mbarrier.arrive(k_free.index(k_slot))
-k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
 {scores}
+k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
 m_new = gl.maximum(m_i, gl.max(scores, 1){scale})
 p = _exp2(scores{scale} - m_new[:, None])
 alpha = _exp2(m_i - m_new)

@@ -98,8 +98,9 @@ h = _word(words, places, 1)
 {origin_words}
 """
 
-# At a row's end every thread has needed them.
+# When a row is done every thread has needed them.
 ROW_DONE = "mbarrier.arrive(row_free.index(turn % {messages}))"
+ROW_BEFORE_DONE = "mbarrier.arrive(row_free.index((turn + {messages} - 1) % {messages}), pred=turn > 0)"
 
 READ_RANGES = """
 fulls = _word(words, places, 3)
