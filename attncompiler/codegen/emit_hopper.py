@@ -16,6 +16,7 @@ from attncompiler.codegen.hopper import (
     passed_on,
     read_brought,
     row_holes,
+    where_masked,
     with_literals,
 )
 from attncompiler.codegen.kept_scores import kept_scores
@@ -38,10 +39,7 @@ def hopper_forward_source(e: Emission) -> str:
     names = e.names(KERNEL, frozenset({"q_idx"}))
     before = e.preload(names, frozenset({"b", "h", "q_idx"}), extra=True)
     read = brought(e, KV_IDX)
-    masked_reads, masked, masked_scale = _scores(e, names.loaded if read is None else {**names.loaded, read: "brought"}, True)
-    if read is not None:
-        masked = f"{read_brought('k_slot + k_phase * {stages}')}\n{masked}"  # here and not before: registers are few
-    reads, full, scale = _scores(e, names.loaded, False)
+    reads, masked, full, scale = _scores(e, names.loaded, read)
     extra = []
     for expr in e.program.weigh.extra:
         text = triton(expr, names).replace("[:, None]", "")
@@ -67,17 +65,11 @@ def hopper_forward_source(e: Emission) -> str:
     holes["operands"] = ", ".join(passed_on(e, KERNEL))
     if e.has_queue(KERNEL):
         holes["first_words"] = row["first_words"].replace("[4]", "[1]")
-        every = every_tile(fill(hopper_forward.POST_NEXT, **row) + load)
+        every = every_tile(load + fill(hopper_forward.POST_NEXT, **row))
         loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
     else:
         loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
-    read_label = fill(hopper_rows.READ_LABEL, slot="k_slot", phase="k_phase")
-
-    def tile(reads: str, scores: str, scale: str) -> str:
-        return fill(
-            hopper_forward.TILE, read_label=read_label, key_positions=key_positions, reads=reads, scores=scores, scale=scale
-        )
-
+    of_tile = {"read_label": fill(hopper_rows.READ_LABEL, slot="k_slot", phase="k_phase"), "key_positions": key_positions}
     text = fill(
         hopper_forward.KERNEL,
         loads=loads,
@@ -86,16 +78,14 @@ def hopper_forward_source(e: Emission) -> str:
         parameters=signature(["B", *(name for name in parameters if not name.startswith("BLOCK_"))]),
         operands=holes["operands"],
         before=before,
-        masked_reads=masked_reads,
+        reads=reads,
         masked_scores=masked,
-        masked_scale=masked_scale,
-        partial_tile=tile(masked_reads, masked, masked_scale),
-        full_tile=tile(reads, full, scale),
-        read_label=read_label,
+        scale=scale,
+        every_tile=_every_tile(e, masked, full, {"reads": reads, "scale": scale, **of_tile}),
         **_copies(e, read, moving),
         extra_scores="\n".join(extra),
         denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.zero_if_empty else "l_i",
-        key_positions=key_positions,
+        **of_tile,
         query_positions=queries.lines("q_tile", "q_tile * BLOCK_M", "(GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES)))"),
         key_corner=moving.corner("tile"),
         k_at=corner(head_of(k), k.group, moving.at("tile * BLOCK_N")),
@@ -118,6 +108,15 @@ def hopper_forward_source(e: Emission) -> str:
             "{dtype}": element_type(e),
         },
     )
+
+
+def _every_tile(e: Emission, masked: str, full: str, holes: dict[str, str]) -> str:
+    """The loop over the tiles of a row behind its first, or one for masked tiles and one for full ones."""
+    if not e.schedule.forward.apart:
+        tile = fill(hopper_forward.TILE, scores=where_masked(masked, full), **holes)
+        return fill(hopper_forward.EVERY_TILE, tile=tile)
+    tiles = {f"{kind}_tile": fill(hopper_forward.TILE, scores=scores, **holes) for kind, scores in (("masked", masked), ("full", full))}
+    return fill(hopper_forward.EVERY_TILE_APART, **tiles)
 
 
 def _copies(e: Emission, read: Read | None, keys: TilePositions) -> dict[str, str]:
@@ -183,12 +182,20 @@ def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _scores(e: Emission, loaded: dict[Expr, str], masked: bool) -> tuple[str, str, str]:
-    """Lines that read single elements, lines that make `scores` of a tile, and what multiplies these into base-2 units."""
-    beyond = {"q_idx"} | ({"kv_idx"} if masked and not e.whole_key_tiles(KERNEL) else set())
-    names = e.names(KERNEL, frozenset(beyond))
+def _scores(e: Emission, loaded: dict[Expr, str], read: Read | None) -> tuple[str, str, str, str]:
+    """Lines that read single elements, lines that make `scores` of a masked tile and of another, and what multiplies these into base-2
+    units. What only the mask reads, masked tiles read, `read` from shared memory."""
+    names = e.names(KERNEL, frozenset({"q_idx"} | (set() if e.whole_key_tiles(KERNEL) else {"kv_idx"})))
     names.loaded = dict(loaded)
     names.tiles = {} if e.schedule.forward.tiles else {"kv_idx": ("kv_start", "keys")}
-    score, scale = e.score(masked, names)
-    mask = kept_scores(e, names, KERNEL) if masked else ""
-    return "\n".join(names.lines), "\n".join([f"scores = {score}", *([mask] if mask else [])]), scale
+    full, scale = e.score(False, names)
+    reads = list(names.lines)
+    if read is not None:
+        names.loaded[read] = "brought"
+        names.lines.append(read_brought("k_slot + k_phase * {stages}"))
+    score, masked_scale = e.score(True, names)
+    mask = kept_scores(e, names, KERNEL)
+    if masked_scale != scale:
+        full, score, scale = f"({full}){scale}", f"({score}){masked_scale}", ""
+    masked = [*names.lines[len(reads) :], f"scores = {score}", *([mask] if mask else [])]
+    return "\n".join(reads), "\n".join(masked), f"scores = {full}", scale

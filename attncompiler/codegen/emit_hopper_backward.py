@@ -16,13 +16,14 @@ from attncompiler.codegen.hopper import (
     passed_on,
     read_brought,
     row_holes,
+    where_masked,
     with_literals,
 )
 from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.text import fill, signature
 from attncompiler.codegen.triton_expr import Names, pointer_name
 from attncompiler.ir.expr import KV_IDX, Q_IDX, Dot, Expr, Read
-from attncompiler.templates import hopper_backward, hopper_rows, softmax_backward
+from attncompiler.templates import hopper_backward, hopper_rows
 
 
 def hopper_backward_source(e: Emission, kernel: str) -> str:
@@ -229,7 +230,7 @@ class _Side:
             names.loaded[self.brought] = "brought"
             names.lines.append(read_brought("slot"))
         masked = self._weights(names, True)
-        weights = _where_masked(
+        weights = where_masked(
             "\n".join([*names.lines[len(reads) :], masked]), kept
         )  # what only the mask reads, masked tiles read
         statistics = "statistics_ring.index(slot * 2{}).load(gl.SliceLayout(0, SCORES))"
@@ -309,11 +310,11 @@ class _Side:
     def _slopes(self, names: Names, wrt: Dot | Read) -> tuple[str, float]:
         """What makes the tile of d loss / d wrt, and the constant factor that is left to apply."""
         (text, factor), (kept, _) = (gradient_text(self.e, names, wrt, masked) for masked in (True, False))
-        return _where_masked(f"slopes = {text}", f"slopes = {kept}"), factor
+        return where_masked(f"slopes = {text}", f"slopes = {kept}"), factor
 
     def _pairs(self, names: Names) -> list[str]:
         masked, kept = (pair_gradients(self.e, names, masked) for masked in (True, False))
-        return [_where_masked("\n".join(masked), "\n".join(kept))] if masked else []
+        return [where_masked("\n".join(masked), "\n".join(kept))] if masked else []
 
     def _ends(self) -> dict[str, str]:
         """The begin and the end of a row."""
@@ -374,8 +375,3 @@ class _Side:
             return "\n".join([*lines, store, "place += 1"])
         lines.append(f"last = h % {self.members} == {self.members - 1}")
         return "\n".join([*lines, fill("if last:\n    {store}", store=store), "place += last.to(gl.int32)"])
-
-
-def _where_masked(masked: str, kept: str) -> str:
-    """Lines for masked tiles and lines for others."""
-    return kept if masked == kept else fill(hopper_backward.WHERE_MASKED, masked=masked, kept=kept)

@@ -136,6 +136,11 @@ def read_brought(place: str) -> str:
     return f"brought = brought_ring.index({place}).load(gl.SliceLayout(0, SCORES))[None, :]"
 
 
+def where_masked(masked: str, kept: str) -> str:
+    """Lines for masked tiles and lines for others."""
+    return kept if masked == kept else fill(hopper_rows.WHERE_MASKED, masked=masked, kept=kept)
+
+
 def every_tile(tile: str) -> str:
     """The loops over the tiles of a row."""
     return fill(hopper_rows.EVERY_TILE, tile=tile)

@@ -303,13 +303,6 @@ WEIGHTS = """
 p = _exp2(scores{scale} - reference{along})
 """
 
-WHERE_MASKED = """
-if masked:
-    {masked}
-else:
-    {kept}
-"""
-
 KERNEL = """
 @gluon.jit
 def {kernel}({parameters}):

@@ -72,7 +72,7 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         {read_label}
         {key_positions}
-        {masked_reads}
+        {reads}
         tma.store_wait(0)  # of the row before, which went out through the other buffer
         mbarrier.arrive(q_free.index((turn + 1) % 2 * 2 + GROUP), pred=turn > 0)
         {row_before_done}
@@ -80,15 +80,11 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         mbarrier.arrive(k_free.index(k_slot))
         {masked_scores}
         k_slot, k_phase = _next_slot(k_slot, k_phase, {stages})
-        m_i = gl.maximum(m_i, gl.max(scores, 1){masked_scale})
-        p = _exp2(scores{masked_scale} - m_i[:, None])
+        m_i = gl.maximum(m_i, gl.max(scores, 1){scale})
+        p = _exp2(scores{scale} - m_i[:, None])
         l_i = _row_sums(p)
         weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
-        while after > 0:  # turns once; without it LLVM takes the packed weights apart in the second of two loops: 64 instructions a tile
-            while after == 1:  # tiles at an edge of the mask or of the tensors
-                {partial_tile}
-            while after == 2:  # tiles whose every pair is kept
-                {full_tile}
+        {every_tile}
         mbarrier.wait(v_ready.index(v_slot), v_phase)
         acc = warpgroup_mma(weights, v_ring.index(v_slot).reshape([BLOCK_N, {d}]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, (acc,))
@@ -153,6 +149,20 @@ def attention_forward({parameters}):
     )
 '''
 
+EVERY_TILE = """
+while after > 0:
+    {tile}
+"""
+
+# Masked tiles, then full ones; the outer loop turns once: without it LLVM takes the packed weights apart in the second, 64 instructions.
+EVERY_TILE_APART = """
+while after > 0:
+    while after == 1:
+        {masked_tile}
+    while after == 2:
+        {full_tile}
+"""
+
 TILE = """
 mbarrier.wait(k_ready.index(k_slot), k_phase)
 qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -205,18 +215,23 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
     mbarrier.arrive(row_ready.index(turn % {messages}))
 """
 
-# Ticket, queue and ranges each say where the next lies. Where rows come so, the next is found while tiles are left to load.
+# Ticket, queue and ranges each say where the next lies. Where rows come so, the first two are read a row ahead, and the next row is
+# told while tiles are left to load.
 QUEUED_LOADS = '''
 @gluon.jit
-def _post_queued(item, items, tables, operands, row_messages, turn):
-    """Say which row an item of the queue is, or that there is none."""
-    last, queue = items
+def _queued(item, last, queue):
+    """Which row an item of the queue is; below 0 behind the last."""
+    return gl.load(queue + 1 + item, mask=item < last, other=-1)
+
+
+@gluon.jit
+def _post_queued(next_row, tables, operands, row_messages, turn):
+    """Tell a row, or that there is none."""
     ({operands}) = operands
     messages, row_ready, row_free = row_messages
     mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
-    if item < last:
+    if next_row >= 0:
         tiles = {q_tiles}
-        next_row = gl.load(queue + 1 + item)
         row = _row(next_row // tiles // H, next_row // tiles % H, next_row % tiles, tiles, H, tables, True)
         _post(row, messages.index(turn % {messages}), {words})
     else:
@@ -233,7 +248,9 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
     slot = 0
     phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
     turn = 0
-    _post_queued(item, (last, queue), tables, operands, (words_of, row_ready, row_free), turn)
+    _post_queued(_queued(item, last, queue), tables, operands, (words_of, row_ready, row_free), turn)
+    {next_item}
+    next_row = _queued(item, last, queue)
     {first_words}
     while _word(words, places, 0) >= 0:
         {read_row}
@@ -247,8 +264,9 @@ def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
 
 POST_NEXT = """
 if (r == partials + fulls - 1) & (tile == gl.maximum(first_tile, last_tile - 4)):
+    _post_queued(next_row, tables, operands, (words_of, row_ready, row_free), turn + 1)
     {next_item}
-    _post_queued(item, (last, queue), tables, operands, (words_of, row_ready, row_free), turn + 1)
+    next_row = _queued(item, last, queue)
 """
 
 LOAD_QUERIES = """

@@ -123,6 +123,13 @@ needed = (about >> 2) & 3
 after = about & 3
 """
 
+WHERE_MASKED = """
+if masked:
+    {masked}
+else:
+    {kept}
+"""
+
 # All tiles of a row: those at an edge of the mask or of the tensors, `masked`, then those whose every pair is kept.
 EVERY_TILE = """
 for r in range(partials + fulls):
