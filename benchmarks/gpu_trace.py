@@ -75,27 +75,21 @@ def _steps(kernel: str) -> list[tuple[str, str, int]]:
 
 def traced(source: str, kernel: str) -> str:
     """Emitted source whose groups of one kernel, "keys", "queries" or "forward", write down what they do and when."""
-    if kernel == "forward":
-        begin = source.index("@gluon.jit\ndef _rows(")
-        rows = source[begin : source.index("\n\n\n", begin) + 1]
-        memory = f"Lse.to(gl.pointer_type(gl.int32)) + B * H * M + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + GROUP)"
-        text = source.replace(rows, _with_readings(rows, kernel, "keys = ", memory))
-        handed = re.search(r"    operands = \((.*)\)\n", text)
-        assert handed is not None
-        text = text.replace(f"({handed[1]}) = operands\n", f"({handed[1]}, B) = operands\n")
-        text = text.replace(handed[0], f"    operands = ({handed[1]}, B)\n")
-        return text.replace("@gluon.jit\ndef _row_sums(", f"{_LOG.format(most=_MOST)}@gluon.jit\ndef _row_sums(")
-    begin, end = source.index(f"@gluon.jit\ndef _rows_{kernel}("), source.index(f"@gluon.jit\ndef attention_backward_{kernel}(")
+    forward = kernel == "forward"
+    groups, name = ("_rows", "attention_forward") if forward else (f"_rows_{kernel}", f"attention_backward_{kernel}")
+    begin = source.index(f"@gluon.jit\ndef {groups}(")
     rows = source[begin : source.index("\n\n\n", begin) + 1]
-    memory = f"NextRow + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + PART)"
-    end_of_kernel = source.index("[240, 24", end)
-    body = source[end:end_of_kernel]
-    handed = re.search(r"    operands = \((.*)\)\n", body)
+    behind, group = ("Lse", "GROUP") if forward else ("Delta", "PART")
+    words = "B * H * M" if forward else "(B * H * M + 3) // 4 * 8"
+    memory = f"{behind}.to(gl.pointer_type(gl.int32)) + {words} + {_WORDS_BEFORE} + (gl.program_id(0) * 2 + {group})"
+    text = source.replace(
+        rows, _LOG.format(most=_MOST) + _with_readings(rows, kernel, "keys = " if forward else "within = ", memory)
+    )
+    handed = re.search(r"    operands = \((.*)\)\n", text[text.index(f"@gluon.jit\ndef {name}(") :])
     assert handed is not None
-    unpacked = f"({handed[1]}) = operands\n"
-    text = source[:end_of_kernel].replace(rows, _with_readings(rows, kernel, "within = ", memory)).replace(unpacked, f"({handed[1]}, NextRow) = operands\n")
-    text = text.replace(handed[0], f"    operands = ({handed[1]}, NextRow)\n") + source[end_of_kernel:]
-    return text.replace(f"@gluon.jit\ndef _load_{kernel}(", f"{_LOG.format(most=_MOST)}@gluon.jit\ndef _load_{kernel}(")
+    return text.replace(f"({handed[1]}) = operands\n", f"({handed[1]}, B) = operands\n").replace(
+        handed[0], f"    operands = ({handed[1]}, B)\n"
+    )
 
 
 def _with_readings(rows: str, kernel: str, first: str, memory: str) -> str:

@@ -115,7 +115,9 @@ def _every_tile(e: Emission, masked: str, full: str, holes: dict[str, str]) -> s
     if not e.schedule.forward.apart:
         tile = fill(hopper_forward.TILE, scores=where_masked(masked, full), **holes)
         return fill(hopper_forward.EVERY_TILE, tile=tile)
-    tiles = {f"{kind}_tile": fill(hopper_forward.TILE, scores=scores, **holes) for kind, scores in (("masked", masked), ("full", full))}
+    tiles = {
+        f"{kind}_tile": fill(hopper_forward.TILE, scores=scores, **holes) for kind, scores in (("masked", masked), ("full", full))
+    }
     return fill(hopper_forward.EVERY_TILE_APART, **tiles)
 
 

@@ -230,9 +230,7 @@ class _Side:
             names.loaded[self.brought] = "brought"
             names.lines.append(read_brought("slot"))
         masked = self._weights(names, True)
-        weights = where_masked(
-            "\n".join([*names.lines[len(reads) :], masked]), kept
-        )  # what only the mask reads, masked tiles read
+        weights = where_masked("\n".join([*names.lines[len(reads) :], masked]), kept)  # what only the mask reads, masked tiles read
         statistics = "statistics_ring.index(slot * 2{}).load(gl.SliceLayout(0, SCORES))"
         products = fill(
             hopper_backward.PRODUCTS,
@@ -253,7 +251,9 @@ class _Side:
         if self.test.may:
             products = fill(hopper_backward.WHERE_NEEDED, products=products, otherwise=self._carrying(hopper_backward.PASS_OVER))
         free = "" if self.carries else hopper_backward.FREE if self.sums else hopper_backward.FREE_WHEN_READ
-        return fill(hopper_backward.TILE, products=products, free=free, read_label=fill(hopper_rows.READ_LABEL, slot="slot", phase="phase"))
+        return fill(
+            hopper_backward.TILE, products=products, free=free, read_label=fill(hopper_rows.READ_LABEL, slot="slot", phase="phase")
+        )
 
     def _find_needed(self) -> str:
         """How the loading warp knows which group needs a tile."""

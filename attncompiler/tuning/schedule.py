@@ -9,7 +9,8 @@ from importlib.metadata import version
 
 import torch
 
-from attncompiler.ir.expr import ONE, Apply, Const, dots_of, reads_of, walk
+from attncompiler.ir.expr import ONE, Apply, Const, axes_of, dots_of, reads_of, walk
+from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Dtype, Empty
 from attncompiler.passes.grid import PARTIAL, ROWS, GridTiles
 from attncompiler.passes.plan import build_boxes, build_plan, tiles_for
@@ -91,15 +92,19 @@ def for_mask(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -
     """The same with tiles as the program's mask wants them: boxes of a grid, narrow where wide ones would be cut through, full ones
     apart where there are many."""
     boxed = in_boxes(schedule, program, sizes)
-    if not schedule.warp_roles or reads_of(program.keep.predicate) or program.keep.empty is Empty.SCORE:
+    if not schedule.warp_roles or program.keep.empty is Empty.SCORE:
         return boxed
+    if reads := reads_of(program.keep.predicate):  # lengths leave most tiles full; what is read for each token cuts rows short
+        of_tokens = any(axes_of(read) & {"q_idx", "kv_idx"} for read in reads)
+        many = extents_of(program, sizes)["kv_idx"] > _APART * boxed.forward.block_n
+        return replace(boxed, forward=replace(boxed.forward, apart=many and not of_tokens))
     full, partial, rows = _tiles(boxed.forward, program, sizes)
-    if partial <= full:
-        return replace(boxed, forward=replace(boxed.forward, apart=full > _APART * rows))
-    narrow = in_boxes(replace(schedule, forward=_NARROW), program, sizes)
-    narrow_full, narrow_partial, _ = _tiles(narrow.forward, program, sizes)
-    wins = _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + PARTIAL * partial)
-    return narrow if wins else boxed
+    if partial > full:
+        narrow = in_boxes(replace(schedule, forward=_NARROW), program, sizes)
+        narrow_full, narrow_partial, _ = _tiles(narrow.forward, program, sizes)
+        if _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + PARTIAL * partial):
+            boxed, full = narrow, narrow_full
+    return replace(boxed, forward=replace(boxed.forward, apart=full > _APART * rows))
 
 
 _NARROW = KernelSchedule(128, 64, 4, 4)

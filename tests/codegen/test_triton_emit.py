@@ -102,14 +102,14 @@ def test_kernels_of_rows_by_list_compile_and_fit(name: str, d: int) -> None:
 @pytest.mark.parametrize("keep", ["kv_idx <= q_idx", "doc[q_idx] == doc[kv_idx]"])
 @pytest.mark.parametrize("side", ["keys", "queries"])
 def test_each_slot_of_a_ring_is_arrived_at_as_often(keep: str, side: str) -> None:
-    """O comes through the ring of tiles: without the arrivals of what is copied beside tiles, groups would wait for it for ever."""
+    """Q, dO and O come through the ring of tiles: without the arrivals of what is copied beside tiles, groups would wait for ever."""
     text = to_text(program()).replace("kv_idx <= q_idx", keep)
     p = verify(parse(re.sub(r"(\n *read [^\n]*)", r"\1, doc: i32[256]", text, count=1) if "doc" in keep else text))
     emitted = emit(p, choose_schedule(p, TARGETS["sm_90"], True), Layout((1, 2, 2), frozenset("qkv"), True, frozenset("qkv")))
     begin, end = emitted.index(f"def _load_{side}("), emitted.index(f"def _rows_{side}(")
     loads, kernel = emitted[begin:end], emitted[emitted.index(f"def attention_backward_{side}(") :]
     tiles = loads.count("mbarrier.expect(ready.index(slot)")
-    assert tiles == (2 if side == "queries" else 1) == loads.count("mbarrier.arrive(ready.index(slot))")
+    assert tiles == (4 if side == "queries" else 1) == loads.count("mbarrier.arrive(ready.index(slot))")
     copied = side == "keys" or "doc" in keep
     assert loads.count("mbarrier_arrive(ready.index(slot)") == tiles * copied
     assert f"mbarrier.init(ready.index(i), count={34 if copied else 2})" in kernel
