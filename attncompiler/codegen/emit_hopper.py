@@ -69,7 +69,7 @@ def hopper_forward_source(e: Emission) -> str:
         loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
     else:
         loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
-    of_tile = {"read_label": fill(hopper_rows.READ_LABEL, slot="k_slot", phase="k_phase"), "key_positions": key_positions}
+    of_tile = {"read_label": fill(hopper_rows.READ_LABEL, label_at="k_slot + k_phase * {stages}"), "key_positions": key_positions}
     text = fill(
         hopper_forward.KERNEL,
         loads=loads,

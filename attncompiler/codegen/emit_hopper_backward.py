@@ -32,7 +32,7 @@ def hopper_backward_source(e: Emission, kernel: str) -> str:
 
 
 # Bytes of parameters, which lie in shared memory too: with 128 channels the ring of what is brought then still fits.
-_MOST_HANDED = 200
+_MOST_HANDED, _MOST_HANDED_IN_BOXES = 200, 192
 
 
 class _Side:
@@ -58,8 +58,10 @@ class _Side:
         self.carries = not self.by_keys and bool(self.sums)  # a product is left to the next tile
         self.elements = [r for r in element_gradients(e.program, wanted) if side_of(r) == of_side]
         self.factors: dict[str, float] = {}
+        self.label_decides = False
         assert self.by_keys or e.delta_with_queries
         assert self.held_rows == 2 * self.streamed_rows, "what stays in registers takes the places of one tile that streams"
+        assert self.by_keys or self.schedule.num_stages >= 3, "Q, dO and O lie in the ring at once"
         self.brought = self._brought()
         starts = f"{self.row_tile} * {self.held_rows} + PART * 64", f"tile * {self.streamed_rows}"
         self.test = group_test(e, self.stays, self.moves, *starts, self.streamed_rows)
@@ -67,6 +69,7 @@ class _Side:
     def source(self) -> str:
         names = self.e.names(self.kernel, frozenset({self.stays.axis.name}))
         before = self.e.preload(names, frozenset({"b", "h", self.stays.axis.name}))
+        tile = self._tile(names.loaded)
         operands = self._operands()
         all_rows = f"B * {operands['held_heads']} * {operands['row_tiles']}"
         rows = row_holes(self.e, self.kernel, self.row_tile, all_rows, ranges=False)
@@ -76,13 +79,22 @@ class _Side:
         load = fill(hopper_backward.LOAD_TILE, **holes)
         parts = [
             fill(hopper_backward.LOADS, every_tile=every_tile(load), **holes),
-            fill(hopper_backward.ROWS, tile=self._tile(names.loaded), before=before, **self._ends(), **holes),
+            fill(hopper_backward.ROWS, tile=tile, before=before, **self._ends(), **holes),
             holes["sending_warp"],
             fill(hopper_backward.KERNEL, **holes),
         ]
-        literals = {"{streamed_rows}": self.streamed_rows, "{stages}": self.schedule.num_stages, "{messages}": 2}
-        literals["{places}"] = 2 if self.by_keys else 1
-        return with_literals("\n".join(parts), {**literals, "{d}": self.q.size, "{dtype}": element_type(self.e)})
+        stages = self.schedule.num_stages
+        literals = {
+            "{label_at}": "slot" if self.label_decides else f"slot + phase * {stages}",
+            "{label_places}": stages if self.label_decides else 2 * stages,
+            "{streamed_rows}": self.streamed_rows,
+            "{stages}": stages,
+            "{messages}": 2,
+            "{places}": 2 if self.by_keys else 1,
+            "{d}": self.q.size,
+            "{dtype}": element_type(self.e),
+        }
+        return with_literals("\n".join(parts), literals)
 
     def _operands(self) -> dict[str, str]:
         """What the kernel is given, and where its tiles lie."""
@@ -215,7 +227,8 @@ class _Side:
         """What the loading warp brings with a tile for the mask, if shared memory has room for it."""
         parameters = [name for name in parameters_of(self.e, "keys") if not name.startswith("BLOCK_")]
         handed = sum(8 if name[0].isupper() and not name.endswith("_ranges") else 4 for name in parameters)
-        fits = self.q.size <= 64 or not self.by_keys or handed <= _MOST_HANDED
+        most = _MOST_HANDED_IN_BOXES if self.schedule.tiles else _MOST_HANDED
+        fits = self.q.size <= 64 or not self.by_keys or handed <= most
         return brought(self.e, self.moves.axis) if fits else None
 
     def _tile(self, loaded: dict[Expr, str]) -> str:
@@ -248,12 +261,11 @@ class _Side:
             moving_positions=self._positions("within", held=False),
             reads="\n".join(reads),
         )
+        self.label_decides = weights != kept or bool(self.test.may)  # some branch needs it before the tile's place is free
         if self.test.may:
             products = fill(hopper_backward.WHERE_NEEDED, products=products, otherwise=self._carrying(hopper_backward.PASS_OVER))
         free = "" if self.carries else hopper_backward.FREE if self.sums else hopper_backward.FREE_WHEN_READ
-        return fill(
-            hopper_backward.TILE, products=products, free=free, read_label=fill(hopper_rows.READ_LABEL, slot="slot", phase="phase")
-        )
+        return fill(hopper_backward.TILE, products=products, free=free, read_label=hopper_rows.READ_LABEL)
 
     def _find_needed(self) -> str:
         """How the loading warp knows which group needs a tile."""

@@ -25,7 +25,7 @@ def _load_{side}({streamed}, stream, at, operands, slot, phase):
     mbarrier.expect(ready.index(slot), {streamed_bytes})
     tma.async_copy_global_to_shared({first_streamed}, [{first_streamed_at}, 0], ready.index(slot), first_ring.index(slot))
     tma.async_copy_global_to_shared({second_streamed}, [{second_streamed_at}, 0], ready.index(slot), second_ring.index(slot))
-    _label(tile, masked, needed, after, labels.index(slot + phase * {stages}))
+    _label(tile, masked, needed, after, labels.index({label_at}))
     {copies}
     mbarrier.arrive(ready.index(slot))
     return _next_slot(slot, phase, {stages})
@@ -310,7 +310,7 @@ def {kernel}({parameters}):
     first_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {first_streamed}.layout)
     second_ring = gl.allocate_shared_memory({dtype}, [{stages}, {streamed_box}], {second_streamed}.layout)
     {rings}
-    labels = gl.allocate_shared_memory(gl.int32, [2 * {stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    labels = gl.allocate_shared_memory(gl.int32, [{label_places}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     words = gl.allocate_shared_memory(gl.int32, [{messages}, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     held_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     held_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -2,8 +2,9 @@
 
 What threads have read of shared memory must be in their registers before a group says that its place is free. The barrier of a group
 waits for no load, and while products keep shared memory busy one can take longer than the next tile takes to arrive (that was seen:
-single rows of delta made of the tile that came next). So a group frees a place when something needed all that it read there; what a
-tile is read for after its place is free, its label and what the mask reads, has a place for each of two passes of the ring.
+single rows of delta made of the tile that came next). So a group frees a place when something, a branch or a product, needed all that
+it read there; what may still be under way then (labels that nothing branches on before, what the mask reads in the forward) has a place
+for each of two passes of the ring.
 """
 
 HELPERS = '''
@@ -116,7 +117,7 @@ partial_last = _word(words, places, 10)
 # A group learns of a tile from its label. It does not follow the plan itself: while it waited for a number of that it would multiply
 # nothing.
 READ_LABEL = """
-about = gl.sum(labels.index({slot} + {phase} * {stages}).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+about = gl.sum(labels.index({label_at}).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 tile = about >> 5
 masked = (about & 16) > 0
 needed = (about >> 2) & 3

@@ -115,21 +115,35 @@ def test_each_slot_of_a_ring_is_arrived_at_as_often(keep: str, side: str) -> Non
     assert f"mbarrier.init(ready.index(i), count={34 if copied else 2})" in kernel
 
 
-def test_what_is_brought_leaves_the_kernel_for_keys_its_shared_memory() -> None:
-    """Documents in a grid, four heads that share keys, dV by its strides: 4 bytes too many if their numbers came beside tiles."""
+def documents(keep: str, reads: str, score: str = "", kv_heads: int = 2) -> Attention:
+    return verify(
+        parse(f"""attention
+      axes b=2, h=8, q_idx=1024, kv_idx=1024
+      read q: bf16[2, 8, 1024, 128], k: bf16[2, {kv_heads}, 1024, 128], v: bf16[2, {kv_heads}, 1024, 128], {reads}
+      score dot(q[b, h, q_idx], k[b, h // {8 // kv_heads}, kv_idx]){score}
+      keep {keep} else zero
+      weigh softmax
+      sum v[b, h // {8 // kv_heads}, kv_idx]""")
+    )
+
+
+@pytest.mark.parametrize("described", ["qk", "qkv"])
+@pytest.mark.parametrize("bias", ["", "bias[kv_idx]", "bias[b, h, kv_idx]"])
+@pytest.mark.parametrize("in_grid", [False, True])
+def test_what_is_brought_leaves_the_kernel_for_keys_its_shared_memory(in_grid: bool, bias: str, described: str) -> None:
+    """What a mask reads of tokens comes beside tiles only where its ring, and all that the groups are handed, fits."""
     y = "(kv_idx // 32 >= q_idx // 32 - 3) & (kv_idx // 32 <= q_idx // 32 + 3)"
     x = "(kv_idx % 32 >= q_idx % 32 - 5) & (kv_idx % 32 <= q_idx % 32 + 5)"
-    text = f"""attention
-      axes b=2, h=8, q_idx=1024, kv_idx=1024
-      read q: bf16[2, 8, 1024, 128], k: bf16[2, 2, 1024, 128], v: bf16[2, 2, 1024, 128], ids: i32[2, 1024]
-      score dot(q[b, h, q_idx], k[b, h // 4, kv_idx])
-      keep {y} & {x} & (ids[b, kv_idx] == ids[b, q_idx]) else zero
-      weigh softmax
-      sum v[b, h // 4, kv_idx]"""
-    p, target = verify(parse(text)), TARGETS["sm_90"]
-    layout = Layout((1, 4, 4), frozenset("qkv"), True, frozenset("qk"))
-    (kernel,) = cross_compile(p, for_mask(choose_schedule(p, target, True), p, {}), layout, target, ["attention_backward_keys"])
-    assert kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory"
+    keep, target = f"{y} & {x}" if in_grid else "(kv_idx <= q_idx)", TARGETS["sm_90"]
+    sizes = ", ".join(str({"b": 2, "h": 8}.get(axis, 1024)) for axis in bias[5:-1].split(", "))
+    for ids, reads in (("ids[{}]", "ids: i32[1024]"), ("ids[b, {}]", "ids: i32[2, 1024]")):
+        same = f"{ids.format('kv_idx')} == {ids.format('q_idx')}"
+        added = (f"{reads}, bias: f32[{sizes}]", f" + {bias}") if bias else (reads, "")
+        p = documents(f"{keep} & ({same})", *added)
+        layout = Layout((1, 4, 4), frozenset(("q", "k", "v", "bias") if bias else "qkv"), True, frozenset(described))
+        schedule = for_mask(choose_schedule(p, target, True), p, {})
+        (kernel,) = cross_compile(p, schedule, layout, target, ["attention_backward_keys"])
+        assert kernel.fits, f"{kernel.name} needs {kernel.shared} bytes of shared memory"
 
 
 def test_tensors_may_be_called_as_what_kernels_have() -> None:
