@@ -1,5 +1,10 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""In which order the programs of a kernel take rows of tiles, where only the device knows how long these are: the longest first."""
+"""In which order the programs of a kernel take rows of tiles, where only the device knows how long these are.
+
+The longest come first, of as many heads at a time as the cache of the device holds what streams past their rows: the longest rows of
+all heads, taken first, would each read it from memory. Rows that are short for a row come last, of all heads, so that the programs
+end together.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +19,37 @@ from torch import Tensor
 from attncompiler.ir.expr import axes_of
 from attncompiler.ir.program import Attention, Empty
 from attncompiler.runtime.row_kernels import run
+from attncompiler.tuning.schedule import head_size
 
 _SORTED = 8192  # rows; of more, each program takes many, and those of eight heads by turns find their keys in cache
 _BLOCK, _CHUNK = 16, 1024
+_CACHED = 24 << 20  # bytes: half of the second-level cache of an H100
+_SHORT = tl.constexpr(0.7)  # of the mean: some 1/8 of the work, where rows are of all lengths
 
 
 @triton.jit
-def _queue_rows(Work, Queue, work_b, work_h, TILES, ROWS, MEMBERS: tl.constexpr, SORTED: tl.constexpr, PASS_EMPTY: tl.constexpr,
-                HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _queue_rows(Work, Queue, work_b, work_h, TILES, ROWS, TOGETHER, MEMBERS: tl.constexpr, SORTED: tl.constexpr,
+                PASS_EMPTY: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     work = _work_of(Work, mine, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
     place = tl.zeros([BLOCK], tl.int32)
     rows = 0
     if SORTED:
+        all_work = 0
         for start in range(0, ROWS, CHUNK):
             other = start + tl.arange(0, CHUNK)
             theirs = _work_of(Work, other, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
-            first = (theirs[None, :] > work[:, None]) | ((theirs[None, :] == work[:, None]) & (other[None, :] < mine[:, None]))
-            place += tl.sum(((other < ROWS)[None, :] & first).to(tl.int32), 1)
+            all_work += tl.sum(theirs, 0)
             rows += tl.sum(((other < ROWS) & ((theirs > 0) | (not PASS_EMPTY))).to(tl.int32), 0)
+        short = _SHORT * all_work / tl.maximum(rows, 1)
+        group = _group_of(mine, work, short, TOGETHER, PASS_EMPTY)[:, None]
+        for start in range(0, ROWS, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            theirs = _work_of(Work, other, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
+            their_group = _group_of(other, theirs, short, TOGETHER, PASS_EMPTY)[None, :]
+            longer = (theirs[None, :] > work[:, None]) | ((theirs[None, :] == work[:, None]) & (other[None, :] < mine[:, None]))
+            first = (their_group < group) | ((their_group == group) & longer)
+            place += tl.sum(((other < ROWS)[None, :] & first).to(tl.int32), 1)
     else:
         head = mine // TILES
         turns = tl.minimum(ROWS // TILES - head // 8 * 8, 8)
@@ -40,6 +57,13 @@ def _queue_rows(Work, Queue, work_b, work_h, TILES, ROWS, MEMBERS: tl.constexpr,
         rows = ROWS
     tl.store(Queue + 1 + place, mine, mask=mine < ROWS)
     tl.store(Queue, rows)  # each program stores the same
+
+
+@triton.jit
+def _group_of(row, work, short, TOGETHER, PASS_EMPTY: tl.constexpr):
+    """Which rows come before which, whatever their length: long rows by heads, short rows, rows that nobody takes."""
+    group = tl.where(work < short, 1 << 30, row // TOGETHER)
+    return tl.where((work == 0) & PASS_EMPTY, (1 << 30) + 1, group)
 
 
 @triton.jit
@@ -56,13 +80,15 @@ def _work_of(Work, row, work_b, work_h, TILES, ROWS, HEADS: tl.constexpr, MEMBER
 @dataclass(frozen=True)
 class RowQueue:
     """The queue of one kernel: which of its rows, `tiles` of each head, come first. `members` heads of the program share rows.
-    `pass_empty`: rows that visit no tile are left out."""
+    `together`: of so many heads, members counted as one, the cache has what streams. `pass_empty`: rows that visit no tile are left
+    out."""
 
     batches: int
     heads: int  # that have rows
     members: int
     tiles: int
     work_strides: tuple[int, int]  # over batches and heads of the program
+    together: int
     pass_empty: bool
 
     @staticmethod
@@ -72,7 +98,11 @@ class RowQueue:
         over_h = tiles if "h" in axes else 0
         over_b = tiles * (h if "h" in axes else 1) if "b" in axes else 0
         unread = program.keep.empty is Empty.UNREAD
-        return RowQueue(b, h // members, members, tiles, (over_b, over_h), unread and not by_keys)
+        streamed = (
+            extents["q_idx" if by_keys else "kv_idx"] * members * 4 * head_size(program)
+        )  # two vectors of half precision a token
+        together = max(1, _CACHED // max(streamed, 1))
+        return RowQueue(b, h // members, members, tiles, (over_b, over_h), together, unread and not by_keys)
 
     @property
     def length(self) -> int:
@@ -83,6 +113,7 @@ class RowQueue:
         """`work`: the tiles that each row of a plan visits, for each batch and head with a plan of its own. int32 both."""
         rows = self.length - 1
         numbers = {"work_b": self.work_strides[0], "work_h": self.work_strides[1], "TILES": self.tiles, "ROWS": rows}
+        numbers["TOGETHER"] = min(self.together, self.heads * self.batches) * self.tiles
         variant = {"MEMBERS": self.members, "HEADS": self.heads, "SORTED": rows <= _SORTED, "PASS_EMPTY": self.pass_empty}
         constants = {**numbers, **variant, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
         run(_queue_rows, (-(-rows // _BLOCK), 1), {"Work": work, "Queue": queue}, constants, num_warps=8)

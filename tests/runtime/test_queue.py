@@ -14,6 +14,8 @@ from attncompiler.runtime.prepared import Prepared
 from attncompiler.runtime.queue import RowQueue
 from attncompiler.tuning.schedule import KernelSchedule
 
+EXTENTS = {"b": 2, "h": 6, "q_idx": 512, "kv_idx": 512}
+
 
 def _program(keep: str) -> Attention:
     read = "doc: i32[2, 512]" if "doc" in keep else "on: i32[6, 512]"
@@ -40,27 +42,50 @@ def _sums(work: Tensor, members: int) -> Tensor:
     return work.expand(2, 6, -1).reshape(2, 6 // members, members, -1).sum(2).flatten()
 
 
+def _ordered(sums: list[int], together: int, leaves_out: bool) -> list[int]:
+    """Rows: long ones, `together` of them at a time, the longest first; then short ones likewise, of all; then those left out."""
+    taken = [work for work in sums if work or not leaves_out]
+    short = 0.7 * sum(sums) / max(len(taken), 1)
+
+    def place(row: int) -> tuple[int, int, int, int]:
+        kind = 2 if leaves_out and not sums[row] else int(sums[row] < short)
+        return kind, 0 if kind else row // together, -sums[row], row
+
+    return sorted(range(len(sums)), key=place)
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("by_keys", "members", "tiles"), [(False, 1, 4), (True, 2, 130)])
-def test_long_rows_come_first(plan: str, by_keys: bool, members: int, tiles: int) -> None:
+@pytest.mark.parametrize("together", [1, 2, 100])
+def test_long_rows_come_first(
+    plan: str, by_keys: bool, members: int, tiles: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep, shape = PLANS[plan]
     program = _program(keep)
+    monkeypatch.setattr(queue, "_CACHED", together * 512 * members * 2 * 64 * 2)  # what streams: two vectors of each of 512 tokens
     work = torch.randint(0, 5, (*shape, tiles), generator=torch.Generator().manual_seed(tiles), dtype=torch.int32)
-    found = RowQueue.of(program, {"b": 2, "h": 6}, members, tiles, by_keys).made(work)
+    of_rows = RowQueue.of(program, EXTENTS, members, tiles, by_keys)
+    assert of_rows.together == together
+    found = of_rows.made(work)
     sums = _sums(work, members)
-    count, rows = int(found[0]), found[1:].long()
-    expected = torch.argsort(sums, descending=True, stable=True)
-    assert torch.equal(rows, expected)
+    count, rows = int(found[0]), found[1:].tolist()
     left_out = keep.endswith("unread") and not by_keys  # what nothing reads need not be made; gradients of keys must
+    assert rows == _ordered(sums.tolist(), together * tiles, left_out)
     assert count == (int((sums > 0).sum()) if left_out else len(sums))
+
+
+@pytest.mark.interpreted
+def test_rows_of_equal_length_stay_with_their_heads() -> None:
+    found = RowQueue(1, 6, 1, 7, (0, 0), 2, False).made(torch.full((1, 1, 7), 3, dtype=torch.int32))
+    assert found.tolist() == [42, *range(42)]
 
 
 @pytest.mark.interpreted
 def test_of_many_rows_eight_heads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "_SORTED", 10)
     work = torch.zeros(1, 6, 7, dtype=torch.int32)
-    found = RowQueue.of(_program(PLANS["every head"][0]), {"b": 2, "h": 6}, 1, 7, False).made(work)
+    found = RowQueue.of(_program(PLANS["every head"][0]), EXTENTS, 1, 7, False).made(work)
     rows = found[1:].tolist()
     assert int(found[0]) == 84 and sorted(rows) == list(range(84))
     assert [divmod(row, 7) for row in rows[:9]] == [(head, 0) for head in range(8)] + [(0, 1)]
@@ -86,5 +111,6 @@ def test_a_plan_brings_its_queue(constant: bool, by_keys: bool) -> None:
     tiles = (same & torch.ones(512, 512, dtype=torch.bool).tril()).unflatten(1, (8, 64)).unflatten(3, (8, 64)).any(2).any(3)
     visited = tiles.sum(1 if by_keys else 2)[:, found["Order"].long()]
     sums = (visited[:, None] * members).expand(2, 6 // members, 8).flatten()
-    assert sums[found["Queue"][1 : len(sums) + 1].long()].tolist() == sorted(sums.tolist(), reverse=True)
+    rows = found["Queue"][1 : len(sums) + 1].tolist()
+    assert rows == _ordered(sums.tolist(), len(sums), False)  # what streams past all of them fits the cache
     assert sorted(found["Queue"][1 : len(sums) + 1].tolist()) == list(range(len(sums))) and int(found["Queue"][0]) == len(sums)
