@@ -109,9 +109,7 @@ class TilePlan:
     def of_coverage(block_q: int, block_kv: int, coverage: Tensor) -> TilePlan:
         """From int8 [plan_b, plan_h, q_tiles, kv_tiles], of Coverage."""
         plan_b, plan_h, q_tiles, kv_tiles = coverage.shape
-        visited, full, partial = (
-            _ranges(wanted) for wanted in (coverage != Coverage.EMPTY, coverage == Coverage.FULL, coverage == Coverage.PARTIAL)
-        )
+        visited, full, partial = runs_on_device(coverage) if coverage.is_cuda else runs_of(coverage)
 
         def mirrored() -> TilePlan:
             return TilePlan.of_coverage(block_kv, block_q, coverage.transpose(2, 3).contiguous())
@@ -163,42 +161,47 @@ class TilePlan:
         )  # fmt: skip
 
 
-def _ranges(wanted: Tensor) -> TileRanges:
-    """Runs of True along the last axis, without waiting for a GPU: at most every other tile begins one."""
-    rows = wanted.flatten(0, -2)
-    tiles = rows.shape[1]
-    padded = torch.nn.functional.pad(rows, (1, 1))
-    edges = padded[:, 1:] != padded[:, :-1]  # in turn the first tile of a run and the one after it
-    starts, stops = edges[:, :-1] & rows, edges[:, 1:] & rows
-    count = starts.sum(1, dtype=torch.int32)
-    if not rows.is_cuda:
-        return TileRanges(count, *_listed(edges, count))
+def runs_of(coverage: Tensor) -> tuple[TileRanges, TileRanges, TileRanges]:
+    """Runs of visited, of full and of partial tiles along the last axis. Where the kind changes is looked for once; the rest costs what
+    the runs are."""
+    padded = torch.nn.functional.pad(coverage.flatten(0, -2), (1, 1), value=int(Coverage.EMPTY))
+    row, tile = (padded[:, 1:] != padded[:, :-1]).nonzero(as_tuple=True)
+    before, behind = padded[row, tile], padded[row, tile + 1]
+    kinds = [(before == Coverage.EMPTY, behind == Coverage.EMPTY)]
+    kinds += [(behind == kind, before == kind) for kind in (Coverage.FULL, Coverage.PARTIAL)]
+    visited, full, partial = (_listed(len(padded), row[begins], tile[begins], tile[ends]) for begins, ends in kinds)
+    return visited, full, partial
+
+
+def _listed(rows: int, row: Tensor, begin: Tensor, end: Tensor) -> TileRanges:
+    """Runs, given in the order of their rows."""
+    count = torch.bincount(row, minlength=rows)
+    slot = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    room = max(int(count.max()) if rows else 0, 1)
+    begins, ends = torch.zeros(2, rows, room, dtype=torch.int32)
+    begins[row, slot], ends[row, slot] = begin.int(), end.int()
+    return TileRanges(count.int(), begins, ends)
+
+
+def runs_on_device(coverage: Tensor) -> tuple[TileRanges, TileRanges, TileRanges]:
+    """The same without waiting for a GPU: at most every other tile begins a run."""
+    tiles = coverage.shape[-1]
     room = (tiles + 1) // 2
+    place = torch.arange(tiles, device=coverage.device, dtype=torch.int32)
 
     def places(marks: Tensor, offset: int) -> Tensor:
         slot = torch.where(marks, marks.cumsum(1) - 1, room)
-        tile = torch.arange(tiles, device=rows.device, dtype=torch.int32) + offset
-        return (
-            torch.zeros(rows.shape[0], room + 1, dtype=torch.int32, device=rows.device)
-            .scatter_(1, slot, tile.expand_as(slot))[:, :room]
-            .contiguous()
-        )
+        found = torch.zeros(marks.shape[0], room + 1, dtype=torch.int32, device=marks.device)
+        return found.scatter_(1, slot, (place + offset).expand_as(slot))[:, :room].contiguous()
 
-    return TileRanges(count, places(starts, 0), places(stops, 1))
+    def runs(wanted: Tensor) -> TileRanges:
+        rows = wanted.flatten(0, -2)
+        padded = torch.nn.functional.pad(rows, (1, 1))
+        edges = padded[:, 1:] != padded[:, :-1]  # in turn the first tile of a run and the one after it
+        starts, stops = edges[:, :-1] & rows, edges[:, 1:] & rows
+        return TileRanges(starts.sum(1, dtype=torch.int32), places(starts, 0), places(stops, 1))
 
-
-def _listed(edges: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Begins and ends of runs, int32 [rows, most runs of a row], from where they are: with few runs, sooner than by looking at each
-    tile."""
-    row, tile = edges.nonzero(as_tuple=True)
-    runs = count.long()
-    first = runs.cumsum(0) - runs
-    row = row[::2]
-    slot = torch.arange(len(row)) - first[row]
-    room = max(int(count.max()) if len(count) else 0, 1)
-    begin, end = torch.zeros(2, len(count), room, dtype=torch.int32)
-    begin[row, slot], end[row, slot] = tile[::2].int(), tile[1::2].int()
-    return begin, end
+    return runs(coverage != Coverage.EMPTY), runs(coverage == Coverage.FULL), runs(coverage == Coverage.PARTIAL)
 
 
 # ---------------------------------------------------------------------------------------------------------- building

@@ -18,7 +18,7 @@ from attncompiler.ir.evaluate import whole
 from attncompiler.ir.expr import KV_IDX, Q_IDX, Const, Read, Size, apply, axes_of, conj
 from attncompiler.ir.program import Empty
 from attncompiler.ir.text import to_text
-from attncompiler.passes.plan import Coverage, build_plan, keeps_only_keys, proved_nonempty
+from attncompiler.passes.plan import Coverage, build_plan, keeps_only_keys, proved_nonempty, runs_of, runs_on_device
 from attncompiler.runtime import planning
 from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
@@ -137,6 +137,16 @@ def check_ranges(count: Tensor, begin: Tensor, end: Tensor, coverage: Tensor, ki
     for row, (c, starts, stops) in enumerate(zip(count.tolist(), begin.tolist(), end.tolist(), strict=True)):
         tiles = [t for i in range(c) for t in range(starts[i], stops[i])]
         assert tiles == (rows[row] == kind).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 64, 65), (1, 1, 3, 0), (1, 1, 0, 4)], ids=str)
+def test_runs_are_the_same_on_a_device(shape: tuple[int, ...]) -> None:
+    coverage = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    for ours, theirs in zip(runs_of(coverage), runs_on_device(coverage), strict=True):
+        assert torch.equal(ours.count, theirs.count) and torch.equal(ours.lengths, theirs.lengths)
+        used = torch.arange(ours.begin.shape[1]) < ours.count.unsqueeze(1)
+        for mine, other in ((ours.begin, theirs.begin), (ours.end, theirs.end)):
+            assert torch.equal(mine[used], torch.nn.functional.pad(other, (0, 1))[:, : mine.shape[1]][used])
 
 
 def test_a_causal_window_is_what_it_should_be() -> None:
