@@ -40,9 +40,10 @@ class CompiledKernel:
     def fits(self) -> bool:
         return self.shared <= self.target.shared_memory
 
-    def sass(self) -> str:
-        """Disassembly of the machine code ("" for AMD: the assembly is that already)."""
-        return _tool("nvdisasm", self.machine_code, ("-c",)) if self.target.backend == "cuda" else ""
+    def sass(self, encodings: bool = False) -> str:
+        """Disassembly of the machine code ("" for AMD: the assembly is that already), with the bits of instructions if `encodings`."""
+        arguments = ("-c", "-hex") if encodings else ("-c",)
+        return _tool("nvdisasm", self.machine_code, arguments) if self.target.backend == "cuda" else ""
 
 
 def kernels_of(program: Attention, schedule: Schedule, layout: Layout) -> dict[str, KernelSchedule]:
