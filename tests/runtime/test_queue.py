@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attncompiler.codegen.cross_compile import compiled_kernel
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.text import to_text
 from attncompiler.runtime import queue
@@ -13,6 +14,7 @@ from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
 from attncompiler.runtime.queue import RowQueue
 from attncompiler.tuning.schedule import KernelSchedule
+from attncompiler.tuning.target import TARGETS
 
 EXTENTS = {"b": 2, "h": 6, "q_idx": 512, "kv_idx": 512}
 
@@ -73,6 +75,18 @@ def test_long_rows_come_first(
     left_out = keep.endswith("unread") and not by_keys  # what nothing reads need not be made; gradients of keys must
     assert rows == _ordered(sums.tolist(), together * tiles, left_out)
     assert count == (int((sums > 0).sum()) if left_out else len(sums))
+
+
+@pytest.mark.parametrize("members", [1, 4])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_the_kernel_compiles(is_sorted: bool, members: int) -> None:
+    from triton.compiler import ASTSource
+
+    names = queue._queue_rows.arg_names
+    constants = {"MEMBERS": members, "SORTED": is_sorted, "PASS_EMPTY": True, "HEADS": 16, "BLOCK": 16, "CHUNK": 1024}
+    types = {name: "constexpr" if name in constants else "*i32" if name in ("Work", "Queue") else "i32" for name in names}
+    source = ASTSource(queue._queue_rows, types, {(names.index(name),): value for name, value in constants.items()})
+    assert not compiled_kernel("_queue_rows", source, {"num_warps": 8}, TARGETS["sm_90"]).spills
 
 
 @pytest.mark.interpreted
