@@ -105,7 +105,7 @@ mbarrier.arrive(ready.index(slot))
 slot, phase = _next_slot(slot, phase, {stages})
 """
 
-# Half of them is a group's own. Delta goes through shared memory to the threads that need it, so then all hold what they read.
+# Half of each is a group's own. Delta goes through shared memory to the threads that need it, so then all hold what they read.
 TAKE_FROM_RING = """
 BY_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // {d}, {d} // 8], [4, 1], [1, 0])
 HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([{held_box}], {dtype})
