@@ -29,19 +29,15 @@ _SHORT = tl.constexpr(0.7)  # of the mean: some 1/8 of the work, where rows are 
 
 @triton.jit
 def _queue_rows(Work, Queue, work_b, work_h, TILES, ROWS, TOGETHER, MEMBERS: tl.constexpr, SORTED: tl.constexpr,
-                PASS_EMPTY: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+                PASS_EMPTY: tl.constexpr, HEADS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     work = _work_of(Work, mine, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
     place = tl.zeros([BLOCK], tl.int32)
-    rows = 0
     if SORTED:
-        all_work = 0
-        for start in range(0, ROWS, CHUNK):
-            other = start + tl.arange(0, CHUNK)
-            theirs = _work_of(Work, other, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
-            all_work += tl.sum(theirs, 0)
-            rows += tl.sum(((other < ROWS) & ((theirs > 0) | (not PASS_EMPTY))).to(tl.int32), 0)
-        short = _SHORT * all_work / tl.maximum(rows, 1)
+        all_rows = tl.arange(0, ALL)
+        all_work = _work_of(Work, all_rows, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
+        rows = tl.sum(((all_rows < ROWS) & ((all_work > 0) | (not PASS_EMPTY))).to(tl.int32), 0)
+        short = _SHORT * tl.sum(all_work, 0) / tl.maximum(rows, 1)
         group = _group_of(mine, work, short, TOGETHER, PASS_EMPTY)[:, None]
         for start in range(0, ROWS, CHUNK):
             other = start + tl.arange(0, CHUNK)
@@ -115,8 +111,8 @@ class RowQueue:
         numbers = {"work_b": self.work_strides[0], "work_h": self.work_strides[1], "TILES": self.tiles, "ROWS": rows}
         numbers["TOGETHER"] = min(self.together, self.heads * self.batches) * self.tiles
         variant = {"MEMBERS": self.members, "HEADS": self.heads, "SORTED": rows <= _SORTED, "PASS_EMPTY": self.pass_empty}
-        constants = {**numbers, **variant, "BLOCK": _BLOCK, "CHUNK": _CHUNK}
-        run(_queue_rows, (-(-rows // _BLOCK), 1), {"Work": work, "Queue": queue}, constants, num_warps=8)
+        blocks = {"ALL": triton.next_power_of_2(min(rows, _SORTED)), "BLOCK": _BLOCK, "CHUNK": _CHUNK}
+        run(_queue_rows, (-(-rows // _BLOCK), 1), {"Work": work, "Queue": queue}, {**numbers, **variant, **blocks}, num_warps=8)
 
     def made(self, work: Tensor) -> Tensor:
         """The queue of a plan."""

@@ -83,7 +83,7 @@ def test_the_kernel_compiles(is_sorted: bool, members: int) -> None:
     from triton.compiler import ASTSource
 
     names = queue._queue_rows.arg_names
-    constants = {"MEMBERS": members, "SORTED": is_sorted, "PASS_EMPTY": True, "HEADS": 16, "BLOCK": 16, "CHUNK": 1024}
+    constants = {"MEMBERS": members, "SORTED": is_sorted, "PASS_EMPTY": True, "HEADS": 16, "ALL": 2048, "BLOCK": 16, "CHUNK": 1024}
     types = {name: "constexpr" if name in constants else "*i32" if name in ("Work", "Queue") else "i32" for name in names}
     source = ASTSource(queue._queue_rows, types, {(names.index(name),): value for name, value in constants.items()})
     assert not compiled_kernel("_queue_rows", source, {"num_warps": 8}, TARGETS["sm_90"]).spills
