@@ -3,7 +3,7 @@
 
 The longest come first, of as many heads at a time as the cache of the device holds what streams past their rows: the longest rows of
 all heads, taken first, would each read it from memory. Rows that are short for a row come last, of all heads, so that the programs
-end together.
+end together (benchmarks/row_order.py simulates both). Where one row takes long beside all that a program does, only its length counts.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attncompiler.codegen.vectors import head_group
 from attncompiler.ir.expr import axes_of
 from attncompiler.ir.program import Attention, Empty
 from attncompiler.runtime.row_kernels import run
 from attncompiler.tuning.schedule import head_size
+from attncompiler.tuning.target import TARGETS
 
 _SORTED = 8192  # rows; of more, each program takes many, and those of eight heads by turns find their keys in cache
 _BLOCK, _CHUNK = 16, 1024
 _CACHED = 24 << 20  # bytes: half of the second-level cache of an H100
 _SHORT = tl.constexpr(0.7)  # of the mean: some 1/8 of the work, where rows are of all lengths
+_PARTS = tl.constexpr(TARGETS["sm_90"].multiprocessors * 4)  # a row with more than such a part of all work is long for a program
 
 
 @triton.jit
@@ -37,7 +40,10 @@ def _queue_rows(Work, Queue, work_b, work_h, TILES, ROWS, TOGETHER, MEMBERS: tl.
         all_rows = tl.arange(0, ALL)
         all_work = _work_of(Work, all_rows, work_b, work_h, TILES, ROWS, HEADS, MEMBERS)
         rows = tl.sum(((all_rows < ROWS) & ((all_work > 0) | (not PASS_EMPTY))).to(tl.int32), 0)
-        short = _SHORT * tl.sum(all_work, 0) / tl.maximum(rows, 1)
+        work_of_all = tl.sum(all_work, 0).to(tl.float32)
+        by_heads = tl.max(all_work, 0).to(tl.float32) * _PARTS <= work_of_all
+        short = tl.where(by_heads, _SHORT * work_of_all / tl.maximum(rows, 1), 0.0)
+        TOGETHER = tl.where(by_heads, TOGETHER, ROWS)
         group = _group_of(mine, work, short, TOGETHER, PASS_EMPTY)[:, None]
         for start in range(0, ROWS, CHUNK):
             other = start + tl.arange(0, CHUNK)
@@ -94,10 +100,8 @@ class RowQueue:
         over_h = tiles if "h" in axes else 0
         over_b = tiles * (h if "h" in axes else 1) if "b" in axes else 0
         unread = program.keep.empty is Empty.UNREAD
-        streamed = (
-            extents["q_idx" if by_keys else "kv_idx"] * members * 4 * head_size(program)
-        )  # two vectors of half precision a token
-        together = max(1, _CACHED // max(streamed, 1))
+        tokens = extents["q_idx"] * members if by_keys else extents["kv_idx"] / head_group(program.sum, h)
+        together = max(1, int(_CACHED // (4 * head_size(program) * max(tokens, 1))))  # two vectors of half precision a token
         return RowQueue(b, h // members, members, tiles, (over_b, over_h), together, unread and not by_keys)
 
     @property
