@@ -16,6 +16,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
+from gpu_ab import masks_of
 from gpu_masks import cases
 from tabulate import tabulate
 from torch import Tensor
@@ -41,36 +42,42 @@ def _log(log, count, what: gl.constexpr, where):
 
 
 '''
+
+
+def _backward(waited: str, freed: str) -> list[tuple[str, str, int]]:
+    """`waited`: the first of what the last products of a tile make; `freed`: whose place is free then."""
+    return [
+        ("next message", r"words = words_of", 1),
+        ("row set up, what stays there", r"after = _word", -1),
+        ("from tile to tile", r"mbarrier\.wait\(ready", -1),
+        ("wait for a tile", r"mbarrier\.wait\(ready", 1),
+        ("first product", r"qk = warpgroup_mma_wait", 1),
+        ("weights", r"dp = warpgroup_mma_wait", -1),
+        ("second product", r"dp = warpgroup_mma_wait", 1),
+        ("slopes", rf"warpgroup_mma_wait\(0, \({waited}", -1),
+        ("last products, or none", rf"mbarrier\.arrive\(free\.index\({freed}", -1),
+        ("gradients written", r"turn \+= 1", -1),
+    ]
+
+
 # Steps, and the line of a group's code before (-1) or behind (1) which each ends: the last line that fits, or, of the forward, all.
-_BACKWARD = [
-    ("next message", r"words = words_of", 1),
-    ("row set up, what stays there", r"after = _word", -1),
-    ("from tile to tile", r"mbarrier\.wait\(ready", -1),
-    ("wait for a tile", r"mbarrier\.wait\(ready", 1),
-    ("first product", r"qk = warpgroup_mma_wait", 1),
-    ("weights", r"dp = warpgroup_mma_wait", -1),
-    ("second product", r"dp = warpgroup_mma_wait", 1),
-    ("slopes", r"d\w+(, d\w+)?,? = warpgroup_mma_wait\(0", -1),
-    ("last products, or none", r"mbarrier\.arrive\(free\.index\((slot|gl)", -1),
-    ("gradients written", r"turn \+= 1", -1),
-]
-_FORWARD = [
-    ("next message", r"words = words_of", 1),
-    ("row set up, queries there", r"mbarrier\.wait\(q_ready", 1),
-    ("from tile to tile", r"mbarrier\.wait\(k_ready", -1),
-    ("wait for keys", r"mbarrier\.wait\(k_ready", 1),
-    ("label, positions", r"mbarrier\.wait\(v_ready", -1),
-    ("wait for values", r"mbarrier\.wait\(v_ready", 1),
-    ("product of keys", r"qk = warpgroup_mma_wait", 1),
-    ("softmax", r"acc = warpgroup_mma_wait", -1),
-    ("product of values", r"acc = warpgroup_mma_wait", 1),
-    ("sums over threads", r"rcp = ", -1),
-    ("outputs written", r"turn \+= 1", -1),
-]
-
-
-def _steps(kernel: str) -> list[tuple[str, str, int]]:
-    return _FORWARD if kernel == "forward" else _BACKWARD
+_STEPS = {
+    "keys": _backward("dv", "slot"),
+    "queries": _backward("moved", r"gl\.maximum"),
+    "forward": [
+        ("next message", r"words = words_of", 1),
+        ("row set up, queries there", r"mbarrier\.wait\(q_ready", 1),
+        ("from tile to tile", r"mbarrier\.wait\(k_ready", -1),
+        ("wait for keys", r"mbarrier\.wait\(k_ready", 1),
+        ("label, positions", r"mbarrier\.wait\(v_ready", -1),
+        ("wait for values", r"mbarrier\.wait\(v_ready", 1),
+        ("product of keys", r"qk = warpgroup_mma_wait", 1),
+        ("softmax", r"acc = warpgroup_mma_wait", -1),
+        ("product of values", r"acc = warpgroup_mma_wait", 1),
+        ("sums over threads", r"rcp = ", -1),
+        ("outputs written", r"turn \+= 1", -1),
+    ],
+}
 
 
 def traced(source: str, kernel: str) -> str:
@@ -94,7 +101,7 @@ def traced(source: str, kernel: str) -> str:
 
 def _with_readings(rows: str, kernel: str, first: str, memory: str) -> str:
     """The code of the groups with readings into `memory`, which may begin behind the line that starts with `first`."""
-    plain, lines, steps = rows.splitlines(), [], _steps(kernel)
+    plain, lines, steps = rows.splitlines(), [], _STEPS[kernel]
     where = first.split()[0]
     ends = [[at for at, line in enumerate(plain) if re.search(text, line)] for _, text, _ in steps]
     ends = ends if kernel == "forward" else [found[-1:] for found in ends]
@@ -113,14 +120,13 @@ def _with_readings(rows: str, kernel: str, first: str, memory: str) -> str:
 def _case(name: str) -> tuple[masks.Mask, int, int]:
     """A mask, how many tokens and how many heads it is for: one of `gpu_masks.py`, or a dozen causal documents."""
     if name == "documents":
-        ids = torch.sort(torch.randint(0, 12, (16384,), generator=torch.Generator().manual_seed(0))).values.to(torch.int32)
-        return masks.causal() & masks.document(ids.cuda()), 16384, 16
+        return masks_of(masks)["documents"](), 16384, 16
     case = next(case for case in cases() if case.name == name)
     return case.mask, case.tokens, case.heads
 
 
 def _readings(case_name: str, kernel: str, d: int) -> Tensor:
-    """int32 [programs, groups, readings, (step, clock)] of one backward."""
+    """int32 [programs, groups, readings, (step, clock)] of one run of a kernel."""
     mask, tokens, heads = _case(case_name)
     memory: list[Tensor] = []
 
@@ -160,7 +166,7 @@ def table(readings: Tensor, kernel: str) -> str:
     for group in readings.flatten(0, 1):
         steps, clocks = group[group[:, 1] != 0].to(torch.int64).unbind(1)
         for step, before, now in zip(steps[1:].tolist(), clocks[:-1].tolist(), clocks[1:].tolist(), strict=True):
-            took[_steps(kernel)[step][0]].append((now - before) & 0xFFFFFFFF)
+            took[_STEPS[kernel][step][0]].append((now - before) & 0xFFFFFFFF)
     total = sum(map(sum, took.values()))
     rows = []
     for name, cycles in sorted(took.items(), key=lambda item: -sum(item[1])):
@@ -173,7 +179,7 @@ def table(readings: Tensor, kernel: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="na2d-17x17,circle-r16")
-    parser.add_argument("--kernel", default="keys", choices=["keys", "queries", "forward"])
+    parser.add_argument("--kernel", default="keys", choices=list(_STEPS))
     parser.add_argument("--d", type=int, default=128)
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:

@@ -27,6 +27,7 @@ from attncompiler.ir.expr import KV_IDX, Q_IDX, Expr, Read
 from attncompiler.templates import hopper_by_list, hopper_forward, hopper_rows
 
 KERNEL = "attention_forward"
+_OF_TWO_PASSES = "k_slot + k_phase * {stages}"  # where a group finds what has a place for each of two passes of the ring
 _LOAD = """
 {after}
 slot, phase = _load_tile({K}, {V}, rings, barriers, operands, (b, h, tile, masked, after{origin_names}), slot, phase)
@@ -69,7 +70,7 @@ def hopper_forward_source(e: Emission) -> str:
         loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
     else:
         loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
-    of_tile = {"read_label": fill(hopper_rows.READ_LABEL, label_at="k_slot + k_phase * {stages}"), "key_positions": key_positions}
+    of_tile = {"read_label": fill(hopper_rows.READ_LABEL, label_at=_OF_TWO_PASSES), "key_positions": key_positions}
     text = fill(
         hopper_forward.KERNEL,
         loads=loads,
@@ -194,7 +195,7 @@ def _scores(e: Emission, loaded: dict[Expr, str], read: Read | None) -> tuple[st
     reads = list(names.lines)
     if read is not None:
         names.loaded[read] = "brought"
-        names.lines.append(read_brought("k_slot + k_phase * {stages}"))
+        names.lines.append(read_brought(_OF_TWO_PASSES))
     score, masked_scale = e.score(True, names)
     mask = kept_scores(e, names, KERNEL)
     if masked_scale != scale:

@@ -257,7 +257,7 @@ class _Side:
             along=self.along,
             values=self._values(),
             behind_slopes="1" if self._values() or self.carries else "0",
-            gradients="\n".join(gradients),
+            gradients="\n".join(piece.strip("\n") for piece in gradients),
             moving_positions=self._positions("within", held=False),
             reads="\n".join(reads),
         )
@@ -349,7 +349,7 @@ class _Side:
             start += [f"{place} = {place}_held.index(at).reshape([64, {{d}}])" for place in ("first", "second")]
         return {
             "no_sums": "\n".join(f"{name} = no_sums" for name in sums) if self.members > 1 else "",
-            "start": "\n".join(filter(None, start)),
+            "start": "\n".join(piece.strip("\n") for piece in start if piece),
             "settle": self._carrying(hopper_backward.SETTLE),
             "finish": self._finish(),
         }

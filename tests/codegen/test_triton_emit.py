@@ -115,15 +115,15 @@ def test_each_slot_of_a_ring_is_arrived_at_as_often(keep: str, side: str) -> Non
     assert f"mbarrier.init(ready.index(i), count={34 if copied else 2})" in kernel
 
 
-def documents(keep: str, reads: str, score: str = "", kv_heads: int = 2) -> Attention:
+def documents(keep: str, reads: str, score: str) -> Attention:
     return verify(
         parse(f"""attention
       axes b=2, h=8, q_idx=1024, kv_idx=1024
-      read q: bf16[2, 8, 1024, 128], k: bf16[2, {kv_heads}, 1024, 128], v: bf16[2, {kv_heads}, 1024, 128], {reads}
-      score dot(q[b, h, q_idx], k[b, h // {8 // kv_heads}, kv_idx]){score}
+      read q: bf16[2, 8, 1024, 128], k: bf16[2, 2, 1024, 128], v: bf16[2, 2, 1024, 128], {reads}
+      score dot(q[b, h, q_idx], k[b, h // 4, kv_idx]){score}
       keep {keep} else zero
       weigh softmax
-      sum v[b, h // {8 // kv_heads}, kv_idx]""")
+      sum v[b, h // 4, kv_idx]""")
     )
 
 

@@ -130,5 +130,5 @@ def test_a_plan_brings_its_queue(constant: bool, by_keys: bool) -> None:
     visited = tiles.sum(1 if by_keys else 2)[:, found["Order"].long()]
     sums = (visited[:, None] * members).expand(2, 6 // members, 8).flatten()
     rows = found["Queue"][1 : len(sums) + 1].tolist()
-    assert rows == _ordered(sums.tolist(), len(sums), False)  # what streams past all of them fits the cache
-    assert sorted(found["Queue"][1 : len(sums) + 1].tolist()) == list(range(len(sums))) and int(found["Queue"][0]) == len(sums)
+    assert rows == _ordered(sums.tolist(), len(sums), False)  # few rows: a program has less than four
+    assert int(found["Queue"][0]) == len(sums)
