@@ -28,7 +28,11 @@ from attncompiler.templates import hopper_by_list, hopper_forward, hopper_rows
 
 KERNEL = "attention_forward"
 _OF_TWO_PASSES = "k_slot + k_phase * {stages}"  # where a group finds what has a place for each of two passes of the ring
+# Keys of a tile with which a product of two operands in shared memory reads all of that memory's 128 bytes a cycle: queries are in
+# registers then. With more keys a group has fewer registers free and gains nothing. Source: docs/performance.md.
+_NARROW = 64
 _LOAD = """
+{ends_soon}
 {after}
 slot, phase = _load_tile({K}, {V}, rings, barriers, operands, (b, h, tile, masked, after{origin_names}), slot, phase)
 """
@@ -57,27 +61,30 @@ def hopper_forward_source(e: Emission) -> str:
     key_positions = moving.lines("tile", "kv_start", "keys")
     key_positions = key_positions if moving.tiles else f"kv_start = tile * BLOCK_N\n{key_positions}"
     q_tiles = str(queries.tiles.row_tiles) if queries.tiles else "gl.cdiv(M, BLOCK_M)"
-    row = row_holes(e, KERNEL, "q_tile", f"B * H * {q_tiles}", ranges=True)
+    row = row_holes(e, KERNEL, "q_tile", q_tiles)
     pointers = {name: pointer_name(vector.name) for name, vector in (("Q", q), ("K", k), ("V", v))}
-    load = fill(_LOAD, **pointers, **row)
     q_tile = halved(e.box(KERNEL, Q_IDX))
     ways = _queries_and_outputs(e, {**pointers, **row})
-    holes = {**row, **pointers, **ways, "query_corner": queries.corner("q_tile"), "q_tiles": q_tiles}
-    holes["operands"] = ", ".join(passed_on(e, KERNEL))
-    if e.has_queue(KERNEL):
-        holes["first_words"] = row["first_words"].replace("[4]", "[1]")
-        every = every_tile(load + fill(hopper_forward.POST_NEXT, **row))
-        loads = fill(hopper_forward.QUEUED_LOADS, every_tile=every, **holes)
-    else:
-        loads = fill(hopper_forward.LOADS, every_tile=every_tile(load), **holes)
+    operands = ", ".join(passed_on(e, KERNEL))
+    loads = fill(
+        hopper_forward.LOADS,
+        every_tile=every_tile(fill(_LOAD, **pointers, **row)),
+        query_corner=queries.corner("q_tile"),
+        load_queries=ways["load_queries"],
+        operands=operands,
+        **pointers,
+        **{**row, "first_words": row["first_words_of_a_warp"]},
+    )
+    schedule = e.schedule.forward
     of_tile = {"read_label": fill(hopper_rows.READ_LABEL, label_at=_OF_TWO_PASSES), "key_positions": key_positions}
     text = fill(
         hopper_forward.KERNEL,
         loads=loads,
-        row_readers=str(2 + e.has_queue(KERNEL) + (e.layout.by_list is not None)),
+        of_queries=".load(gl.DotOperandLayout(0, SCORES, 2))" if schedule.block_n <= _NARROW else "",
+        row_readers=str(3 + (e.layout.by_list is not None)),
         **ways,
         parameters=signature(["B", *(name for name in parameters if not name.startswith("BLOCK_"))]),
-        operands=holes["operands"],
+        operands=operands,
         before=before,
         reads=reads,
         masked_scores=masked,
@@ -97,14 +104,13 @@ def hopper_forward_source(e: Emission) -> str:
         **pointers,
         **row,
     )
-    schedule = e.schedule.forward
     return with_literals(
         text,
         {
             "BLOCK_M": schedule.block_m,
             "BLOCK_N": schedule.block_n,
             "{stages}": schedule.num_stages,
-            "{messages}": 4 if e.has_queue(KERNEL) else 2,  # a loader that takes rows from a queue says early which comes next
+            "{messages}": row["messages"],
             "{d}": q.size,
             "{dtype}": element_type(e),
         },
@@ -150,8 +156,8 @@ def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
             "store": fill(hopper_forward.STORE, o_at=o_at),
             **dict.fromkeys(("by_list", "list_passed", "list_buffers", "taking_warp", "takes", "after_queries"), ""),
             "q_arrivals": "1",
-            "workers": "4, 1",
-            "registers": "232, 40" if e.has_queue(KERNEL) else "240, 24",  # a loader that takes rows from a queue holds more
+            "workers": "4, 1, 1",
+            "registers": "240, 24, 24",
         }
     outputs = (", gains" if by_list.gains else "") + (", Summed" if by_list.sums else "")
     of_gains = ", gains, Gain, stride_gain_b, stride_gain_h, stride_gain_m" if by_list.gains else ""
@@ -171,17 +177,17 @@ def _queries_and_outputs(e: Emission, holes: dict[str, str]) -> dict[str, str]:
         "list_buffers": fill(hopper_by_list.BUFFERS, gains=hopper_by_list.GAINS if by_list.gains else ""),
         "taking_warp": fill(
             hopper_by_list.TAKING_WARP,
-            first_words=holes["first_words"].replace("[4]", "[1]"),
+            first_words=holes["first_words_of_a_warp"],
             next_words=hopper_rows.NEXT_WORDS,
             gain_names=", gains, Gain, gain_b, gain_h, gain_m" if by_list.gains else "",
             take_gains=hopper_by_list.TAKE_GAINS if by_list.gains else "",
             Q=holes["Q"],
         ),
-        "takes": f"(_takes, ({holes['Q']}, queries, {lists}, (H, M), ({strides}))),",
+        "takes": f"(_takes, ({holes['Q']}, queries, messages, {lists}, (H, M), ({strides}))),",
         "after_queries": "fence_async_shared()  # what threads copied, products read",
         "q_arrivals": "33",  # the copies of each thread, and what else the warp leaves
-        "workers": "4, 1, 1",
-        "registers": "232, 40, 40",
+        "workers": "4, 1, 1, 1",
+        "registers": "232, 40, 40, 40",
     }
 
 

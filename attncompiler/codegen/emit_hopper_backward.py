@@ -16,6 +16,7 @@ from attncompiler.codegen.hopper import (
     passed_on,
     read_brought,
     row_holes,
+    side_name,
     where_masked,
     with_literals,
 )
@@ -71,14 +72,14 @@ class _Side:
         before = self.e.preload(names, frozenset({"b", "h", self.stays.axis.name}))
         tile = self._tile(names.loaded)
         operands = self._operands()
-        all_rows = f"B * {operands['held_heads']} * {operands['row_tiles']}"
-        rows = row_holes(self.e, self.kernel, self.row_tile, all_rows, ranges=False)
+        rows = row_holes(self.e, self.kernel, self.row_tile, self._row_tiles(), self.members)
         holes = {**rows, **operands, **self._copies(), "find_needed": self._find_needed()}
         holes |= self._held(holes)
         holes |= self._sends(holes)
         load = fill(hopper_backward.LOAD_TILE, **holes)
         parts = [
-            fill(hopper_backward.LOADS, every_tile=every_tile(load), **holes),
+            rows["telling_warp"],
+            fill(hopper_backward.LOADS, every_tile=every_tile(load), **{**holes, "first_words": rows["first_words_of_a_warp"]}),
             fill(hopper_backward.ROWS, tile=tile, before=before, **self._ends(), **holes),
             holes["sending_warp"],
             fill(hopper_backward.KERNEL, **holes),
@@ -89,7 +90,7 @@ class _Side:
             "{label_places}": stages if self.label_decides else 2 * stages,
             "{streamed_rows}": self.streamed_rows,
             "{stages}": stages,
-            "{messages}": 2,
+            "{messages}": rows["messages"],
             "{places}": 2 if self.by_keys else 1,
             "{d}": self.q.size,
             "{dtype}": element_type(self.e),
@@ -104,19 +105,15 @@ class _Side:
         held, streamed = (of_keys, of_queries) if self.by_keys else (of_queries, of_keys)
         held_at = self._held_at("part")
         streamed_at = self.moves.at(f"tile * {self.streamed_rows}")
-        section = self.kernel.removeprefix("attention_backward_")
+        section = side_name(self.kernel)
         parameters = ["B", *(name for name in parameters_of(e, section) if not name.startswith("BLOCK_"))]
         found = {
             "kernel": self.kernel,
-            "side": section,
             "parameters": signature(parameters),
             "operands": ", ".join(name for name in passed_on(e, self.kernel) if name not in self._sent_names()),
             "row_tile": self.row_tile,
-            "row_tiles": self._row_tiles(),
             "row_corner": self.stays.corner(self.row_tile) if self.stays.tiles else "",
             "row_positions": self._positions("(PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES)))", held=True),
-            "members": str(self.members),
-            "held_heads": f"(H // {self.members})" if self.members > 1 else "H",
         }
         for what, sides, at in (("held", held, held_at), ("streamed", streamed, streamed_at)):
             found[what] = ", ".join(pointer for pointer, _, _ in sides)
@@ -178,7 +175,7 @@ class _Side:
         """The warp that sends gradients, where they go out by TMA."""
         if not self.sent:
             return {
-                "sending_warp": "", "sends": "", "row_readers": "2", "freeing": "2", "workers": "4, 1", "registers": "240, 24",
+                "sending_warp": "", "sends": "", "row_readers": "3", "freeing": "2", "workers": "4, 1, 1", "registers": "240, 24, 24",
             }  # fmt: skip
         many = self.members > 1
         head = f"h // {self.members}" if many else "h"
@@ -188,15 +185,15 @@ class _Side:
         send_row = fill(hopper_backward.SEND_ROW, send="\n".join(piece.strip() for piece in send), **holes)
         if many:
             send_row = fill(hopper_backward.SEND_LAST, members=str(self.members), send_row=send_row)
-        words = {**holes, "first_words": holes["first_words"].replace("[4]", "[1]")}
+        words = {**holes, "first_words": holes["first_words_of_a_warp"]}
         warp = fill(hopper_backward.SENDS, sent=names, send_row=send_row, **words)
         return {
             "sending_warp": warp,
             "sends": f"(_sends_{holes['side']}, ({names}, held, written, messages, H)),",
-            "row_readers": "3",
+            "row_readers": "4",
             "freeing": "1",
-            "workers": "4, 1, 1",
-            "registers": "240, 24, 24",
+            "workers": "4, 1, 1, 1",
+            "registers": "240, 24, 24, 24",
         }
 
     def _held(self, holes: dict[str, str]) -> dict[str, str]:

@@ -20,11 +20,8 @@ from attncompiler.passes.grid import split_axis
 from attncompiler.templates import hopper_rows
 
 REGISTERS = 168  # a thread's share of 64K over 12 warps; the groups that compute take what the loading warp gives back
-_WORDS, _FEW_WORDS = 11, 4  # numbers that tell a row, origins aside; and what groups need of them that follow no plan
-# Which row an item is, of `tiles` for each head.
-_IN_TURNS = {"place": "head, rank = _place(item, tiles, last // tiles)", "Queue": "", "queue": ""}
-_QUEUED = {"place": "next_row = gl.load(queue + 1 + item)\nhead, rank = next_row // tiles, next_row % tiles",
-           "Queue": ", Queue", "queue": ", queue", "rows_to_take": "gl.load(Queue)"}  # fmt: skip
+_ROW_WORDS, _RANGE_WORDS, _MESSAGE = 4, 7, 16  # numbers that tell a row, origins aside, and its ranges; places for them
+_KEYS = "attention_backward_keys"
 _TANH = '''
 @gluon.jit
 def tanh(x):
@@ -72,43 +69,77 @@ def origin_names(moving: TilePositions) -> list[str]:
     return [line.split(" = ")[0] for line in moving.origins.splitlines()]
 
 
-def row_holes(e: Emission, kernel: str, row_tile: str, all_rows: str, ranges: bool) -> dict[str, str]:
-    """What the loading warp and the groups know of a row; `all_rows`: how many there are. `ranges`: a message has those of its tiles."""
-    words = _WORDS if ranges else _FEW_WORDS
+def row_holes(e: Emission, kernel: str, row_tile: str, row_tiles: str, members: int = 1) -> dict[str, str]:
+    """How rows are told, and what is known of one. `row_tiles`: how many each head has; `members`: heads that share rows."""
     queries, keys = e.positions(kernel)
-    moving = queries if queries.moves else keys
-    origins = origin_names(moving)
-    message = 16 if ranges else 8
+    origins = origin_names(queries if queries.moves else keys)
+    row_words = _ROW_WORDS + len(origins)
+    words = row_words + _RANGE_WORDS
+    first_words = fill(hopper_rows.FIRST_WORDS, message=str(_MESSAGE))
+    read_origins = [f"{name} = _word(words, places, {place})" for place, name in enumerate(origins, _ROW_WORDS)]
+    told = {
+        **_order(e, kernel),
+        **_items(e, kernel),
+        "side": side_name(kernel),
+        "members": str(members),
+        "held_heads": f"(H // {members})" if members > 1 else "H",
+        "row_tiles": row_tiles,
+        "words": str(words),
+        "no_more": f"(-1{', -1' * (words - 1)})",
+        "at_least_one": str(kernel == "attention_forward"),
+        "sizes": f"(B, H, {'N' if kernel == _KEYS else 'M'})",
+    }
     return {
-        "message": str(message),
-        "words": str(words + len(origins)),
-        "no_more": f"(-1{', 0' * (words + len(origins) - 1)})",
-        "first_words": fill(hopper_rows.FIRST_WORDS, message=str(message)),
+        **told,
+        "telling_warp": fill(hopper_rows.TELLS, **told),
+        "message": str(_MESSAGE),
+        "first_words": first_words,
+        "first_words_of_a_warp": first_words.replace("[4]", "[1]"),
         "next_words": hopper_rows.NEXT_WORDS,
-        "row_done": hopper_rows.ROW_DONE,
-        "row_before_done": hopper_rows.ROW_BEFORE_DONE,
-        "read_ranges": hopper_rows.READ_RANGES,
+        "row_words": str(row_words),
+        "row_heard": hopper_rows.ROW_HEARD,
+        "read_ranges": fill(hopper_rows.READ_RANGES, ranges_at=str(row_words)),
         "after": hopper_rows.AFTER,
-        "read_row": fill(
-            hopper_rows.READ_ROW,
-            row_tile=row_tile,
-            origin_words="\n".join(f"{name} = _word(words, places, {place})" for place, name in enumerate(origins, words)),
-        ),
+        "read_row": fill(hopper_rows.READ_ROW, row_tile=row_tile, origin_words="\n".join(read_origins)),
         "origin_names": "".join(f", {name}" for name in origins),
         "Origins": ", Origins" if origins else "",
-        "rows_to_take": all_rows,
-        **(_QUEUED if e.has_queue(kernel) else _IN_TURNS),
-        **_items(e, kernel),
     }
 
 
+def _order(e: Emission, kernel: str) -> dict[str, str]:
+    """Which row an item is, and how many there are."""
+    if e.has_queue(kernel):
+        place = "of_all = gl.load(queue + 1 + item)\nhead, rank = of_all // tiles, of_all % tiles"
+        return {"place": place, "Queue": ", Queue", "queue": ", queue", "rows_to_take": "gl.load(queue)"}
+    place = "head, rank = _place(item, tiles, last // tiles)"
+    return {"place": place, "Queue": "", "queue": "", "rows_to_take": "B * {held_heads} * tiles"}
+
+
 def _items(e: Emission, kernel: str) -> dict[str, str]:
-    """How a program comes by its rows."""
+    """How a program comes by its rows: they are dealt out, or it takes tickets."""
     if not e.takes_tickets(kernel):
-        return {"first_item": "gl.load(Shares + gl.program_id(0))", "next_item": "item = gl.load(shares + turn * step)",
-                "shares": "Shares + gl.program_id(0)"}  # fmt: skip
-    counter = "NextRow + 1" if kernel == "attention_backward_keys" else "NextRow"
-    return {"first_item": "gl.program_id(0)", "next_item": "item = gl.atomic_add(shares, 1) + step", "shares": counter}
+        return {
+            "shares": "Shares + gl.program_id(0)",
+            "first_item": "gl.load(shares)",
+            "next_item": hopper_rows.NEXT_SHARE,
+            "messages": "2",
+            "heard_early": hopper_rows.ROW_HEARD,
+            "ends_soon": "",
+            "has_no_tile": "",
+        }
+    return {
+        "shares": "NextRow + 1" if kernel == _KEYS else "NextRow",
+        "first_item": "gl.program_id(0)",
+        "next_item": hopper_rows.NEXT_TICKET,
+        "messages": "1",
+        "heard_early": "",
+        "ends_soon": fill(hopper_rows.ENDS_SOON, row_heard=hopper_rows.ROW_HEARD),
+        "has_no_tile": fill(hopper_rows.HAS_NO_TILE, row_heard=hopper_rows.ROW_HEARD),
+    }
+
+
+def side_name(kernel: str) -> str:
+    return kernel.removeprefix("attention_").removeprefix("backward_")
 
 
 def brought(e: Emission, axis: Axis) -> Read | None:
@@ -151,7 +182,7 @@ def passed_on(e: Emission, kernel: str) -> list[str]:
     apart = {"Lse"} if kernel == "attention_forward" else set()
     if kernel == "attention_forward" and e.layout.by_list is not None:
         apart |= {"O", pointer_name(e.lefts()[0].name), *list_parameters(e)}
-    section = kernel.removeprefix("attention_").removeprefix("backward_")
+    section = side_name(kernel)
     return [
         name
         for name in parameters_of(e, section)

@@ -1,4 +1,5 @@
-"""The backward kernels of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute, one warp sends.
+"""The backward kernels of the softmax family for Hopper, in Gluon: one warp tells rows, one loads, two groups of four warps
+compute, one warp sends.
 
 A row is a tile of 128 tokens of one side, 64 for each group, which stays while tiles of 64 tokens of the other side stream past it
 through a ring. In the kernel for the gradients of keys, whose groups have no register to spare, K and V stay in shared memory (`held`),
@@ -32,41 +33,32 @@ def _load_{side}({streamed}, stream, at, operands, slot, phase):
 
 
 @gluon.jit
-def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, items, operands):
+def _loads_{side}({held}, {streamed}{outputs}, held, stream, messages, tables, operands):
     {held_names} = held
     first_ring, second_ring, labels, ready, free, statistics_ring, brought_ring = stream
-    words, row_ready, row_free = messages
-    item, last, step, shares{queue} = items
+    words_of, row_ready, row_free = messages
     ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
     turn = 0
     place = 0
-    while item < last:
-        tiles = {row_tiles}
-        {place}
-        held_head = head % {held_heads}
-        for member in range({members}):
-            row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables, False)
-            b, h, {row_tile}, fulls, full_at, full_first, full_last = row[:7]
-            partials, partial_at, partial_first, partial_last{origin_names} = row[7:]
-            mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
-            _post((b, h, {row_tile}, fulls + partials{origin_names}), words.index(turn % {messages}), {words})
-            mbarrier.arrive(row_ready.index(turn % {messages}))
-            turn += 1
-            if member == 0:
-                {row_corner}
-                {load_held}
-            {every_tile}
-        {next_item}
-        place += 1
-    mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
-    _post({no_more}, words.index(turn % {messages}), {words})
-    mbarrier.arrive(row_ready.index(turn % {messages}))
+    {first_words}
+    while _is_row(words, places, {words}):
+        {read_row}
+        {read_ranges}
+        if h % {members} == 0:
+            {row_corner}
+            {load_held}
+            place += 1
+        {has_no_tile}
+        {every_tile}
+        turn += 1
+        {next_words}
 '''
 
 LOAD_TILE = """
+{ends_soon}
 {after}
 slot, phase = _load_{side}({streamed}, stream, (b, h, {row_tile}, tile, masked, after{origin_names}), operands, slot, phase)
 """
@@ -170,18 +162,18 @@ def _rows_{side}(held, stream, written, messages, operands, PART: gl.constexpr):
     turn = 0
     place = 0
     {first_words}
-    while _word(words, places, 0) >= 0:
+    while _is_row(words, places, {row_words}):
+        {row_heard}
         {read_row}
         {row_positions}
         at = place % {places} * 2 + PART
         {start}
         {before}
-        after = _word(words, places, 3)
+        after = ranges
         while after > 0:
             {tile}
         {settle}
         {finish}
-        {row_done}
         turn += 1
         {next_words}
 """
@@ -195,11 +187,11 @@ def _sends_{side}({sent}, held, written, messages, H):
     turn = 0
     place = 0
     {first_words}
-    while _word(words, places, 0) >= 0:
+    while _is_row(words, places, 3):
         b = _word(words, places, 0)
         h = _word(words, places, 1)
         {row_tile} = _word(words, places, 2)
-        mbarrier.arrive(row_free.index(turn % {messages}))
+        {row_heard}
         {send_row}
         turn += 1
         {next_words}
@@ -336,13 +328,13 @@ def {kernel}({parameters}):
     messages = (words, row_ready, row_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
-    items = ({first_item}, {rows_to_take}, gl.num_programs(0), {shares}{Queue})
     operands = ({operands})
     gl.warp_specialize(
         [
             (_rows_{side}, (held, stream, written, messages, operands, 0)),
             (_rows_{side}, (held, stream, written, messages, operands, 1)),
-            (_loads_{side}, ({held}, {streamed}{outputs}, held, stream, messages, tables, items, operands)),
+            (_loads_{side}, ({held}, {streamed}{outputs}, held, stream, messages, tables, operands)),
+            (_tells_{side}, (messages, tables, ({shares}{Queue}), {sizes})),
             {sends}
         ],
         [{workers}],

@@ -8,12 +8,13 @@ give that are in no list is written by the kernel that makes the lists. Groups s
 
 TAKING_WARP = '''
 @gluon.jit
-def _takes({Q}, queries, lists, sizes, strides):
+def _takes({Q}, queries, messages, lists, sizes, strides):
     """The queries of each row of tiles."""
     H, M = sizes
     stride_b, stride_h, stride_row = strides
     Index, Count, listed{gain_names} = lists
-    q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
+    q_buffers, q_ready, q_free = queries
+    words_of, row_ready, row_free = messages
     PLACES: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, 64], {dtype})
@@ -22,7 +23,7 @@ def _takes({Q}, queries, lists, sizes, strides):
     channels = gl.arange(0, 64, gl.SliceLayout(0, ROWS))
     turn = 0
     {first_words}
-    while _word(words, places, 0) >= 0:
+    while _is_row(words, places, 3):
         b = _word(words, places, 0)
         h = _word(words, places, 1)
         q_tile = _word(words, places, 2)

@@ -1,4 +1,4 @@
-"""The forward kernel of the softmax family for Hopper, in Gluon: one warp loads, two groups of four warps compute.
+"""The forward kernel of the softmax family for Hopper, in Gluon: one warp tells rows, one loads, two groups of four warps compute.
 
 The loading warp brings K and V tiles by TMA into two rings, in the order of the plan: partial tiles, then full ones, each with its
 label. Each group owns 64 query rows. The scores of a tile and the values of the one before are in flight together, then comes the
@@ -37,11 +37,14 @@ def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
 
 {loads}
 
+{telling_warp}
+
 {taking_warp}
 
 @gluon.jit
-def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constexpr):
-    q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
+def _rows(O, Lse, queries, rings, barriers, messages, operands{by_list}, GROUP: gl.constexpr):
+    q_buffers, q_ready, q_free = queries
+    words_of, row_ready, row_free = messages
     ({operands}) = operands
     k_ring, v_ring, labels, brought_ring = rings
     k_ready, k_free, v_ready, v_free = barriers
@@ -56,17 +59,18 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
     v_phase = 0
     turn = 0
     {first_words}
-    while _word(words, places, 0) >= 0:
+    while _is_row(words, places, {row_words}):
+        {row_heard}
         {read_row}
         {query_positions}
         q_at = turn % 2 * 2 + GROUP
         q_buffer = q_buffers.index(q_at)
-        q = q_buffer.reshape([64, {d}])
         m_i = gl.full([64], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))  # finite: a row without keys yet makes no NaN
         acc = gl.zeros([64, {d}], gl.float32, OUTPUT)
         {before}
         mbarrier.wait(q_ready.index(q_at), turn // 2 % 2)
         {after_queries}
+        q = q_buffer.reshape([64, {d}]){of_queries}
         # the first tile has no values before it; it is masked whether or not it must be
         mbarrier.wait(k_ready.index(k_slot), k_phase)
         qk = warpgroup_mma(q, k_ring.index(k_slot).reshape([BLOCK_N, {d}]).permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -75,7 +79,6 @@ def _rows(O, Lse, queries, rings, barriers, operands{by_list}, GROUP: gl.constex
         {reads}
         tma.store_wait(0)  # of the row before, which went out through the other buffer
         mbarrier.arrive(q_free.index((turn + 1) % 2 * 2 + GROUP), pred=turn > 0)
-        {row_before_done}
         qk = warpgroup_mma_wait(0, (qk,))
         mbarrier.arrive(k_free.index(k_slot))
         {masked_scores}
@@ -111,7 +114,7 @@ def attention_forward({parameters}):
     q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     {list_buffers}
-    messages = gl.allocate_shared_memory(gl.int32, [{messages}, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    words = gl.allocate_shared_memory(gl.int32, [{messages}, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     row_ready = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
     row_free = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
@@ -130,18 +133,19 @@ def attention_forward({parameters}):
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
-    queries = (q_buffers, q_ready, q_free, messages, row_ready, row_free)
+    queries = (q_buffers, q_ready, q_free)
+    messages = (words, row_ready, row_free)
     rings = (k_ring, v_ring, labels, {brought_passed})
     barriers = (k_ready, k_free, v_ready, v_free)
     full = (FullCount, FullBegin, FullEnd, Full_ranges)
     tables = (Order,) + full + (PartialCount, PartialBegin, PartialEnd, Partial_ranges{Origins})
-    items = ({first_item}, {rows_to_take}, gl.num_programs(0), {shares}{Queue})
     operands = ({operands})
     gl.warp_specialize(
         [
-            (_rows, (O, Lse, queries, rings, barriers, operands{list_passed}, 0)),
-            (_rows, (O, Lse, queries, rings, barriers, operands{list_passed}, 1)),
-            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands)),
+            (_rows, (O, Lse, queries, rings, barriers, messages, operands{list_passed}, 0)),
+            (_rows, (O, Lse, queries, rings, barriers, messages, operands{list_passed}, 1)),
+            (_loads, ({Q}, {K}, {V}, queries, rings, barriers, messages, tables, operands)),
+            (_tells_{side}, (messages, tables, ({shares}{Queue}), {sizes})),
             {takes}
         ],
         [{workers}],
@@ -189,84 +193,24 @@ weights = gl.convert_layout(p.to({dtype}), WEIGHTS)
 
 LOADS = """
 @gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
-    q_buffers, q_ready, q_free, messages, row_ready, row_free = queries
-    item, last, step, shares = items
+def _loads({Q}, {K}, {V}, queries, rings, barriers, messages, tables, operands):
+    q_buffers, q_ready, q_free = queries
+    words_of, row_ready, row_free = messages
     ({operands}) = operands
     FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
     slot = 0
     phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
     turn = 0
-    while item < last:
-        tiles = {q_tiles}
-        head, rank = _place(item, tiles, last // tiles)
-        row = _row(head // H, head % H, rank, tiles, H, tables, True)
-        b, h, q_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names} = row
-        {query_corner}
-        mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
-        _post(row, messages.index(turn % {messages}), {words})
-        mbarrier.arrive(row_ready.index(turn % {messages}))
-        {load_queries}
-        {every_tile}
-        turn += 1
-        {next_item}
-    mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
-    _post({no_more}, messages.index(turn % {messages}), {words})
-    mbarrier.arrive(row_ready.index(turn % {messages}))
-"""
-
-# Ticket, queue and ranges each say where the next lies. Where rows come so, the first two are read a row ahead, and the next row is
-# told while tiles are left to load.
-QUEUED_LOADS = '''
-@gluon.jit
-def _queued(item, last, queue):
-    """Which row an item of the queue is; below 0 behind the last."""
-    return gl.load(queue + 1 + item, mask=item < last, other=-1)
-
-
-@gluon.jit
-def _post_queued(next_row, tables, operands, row_messages, turn):
-    """Tell a row, or that there is none."""
-    ({operands}) = operands
-    messages, row_ready, row_free = row_messages
-    mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
-    if next_row >= 0:
-        tiles = {q_tiles}
-        row = _row(next_row // tiles // H, next_row // tiles % H, next_row % tiles, tiles, H, tables, True)
-        _post(row, messages.index(turn % {messages}), {words})
-    else:
-        _post({no_more}, messages.index(turn % {messages}), {words})
-    mbarrier.arrive(row_ready.index(turn % {messages}))
-
-
-@gluon.jit
-def _loads({Q}, {K}, {V}, queries, rings, barriers, tables, items, operands):
-    q_buffers, q_ready, q_free, words_of, row_ready, row_free = queries
-    item, last, step, shares, queue = items
-    ({operands}) = operands
-    FullBegin, FullEnd, PartialBegin, PartialEnd = tables[2], tables[3], tables[6], tables[7]
-    slot = 0
-    phase = 0  # a fresh barrier counts as having completed phase 1: the first waits for free places fall through
-    turn = 0
-    _post_queued(_queued(item, last, queue), tables, operands, (words_of, row_ready, row_free), turn)
-    {next_item}
-    next_row = _queued(item, last, queue)
     {first_words}
-    while _word(words, places, 0) >= 0:
+    while _is_row(words, places, {words}):
         {read_row}
         {read_ranges}
-        {row_done}
+        {heard_early}
+        {query_corner}
         {load_queries}
         {every_tile}
         turn += 1
         {next_words}
-'''
-
-POST_NEXT = """
-if (r == partials + fulls - 1) & (tile == gl.maximum(first_tile, last_tile - 4)):
-    _post_queued(next_row, tables, operands, (words_of, row_ready, row_free), turn + 1)
-    {next_item}
-    next_row = _queued(item, last, queue)
 """
 
 LOAD_QUERIES = """

@@ -1,4 +1,7 @@
-"""What the Hopper kernels share: rings of buffers, and how the loading warp tells the groups which row of tiles comes next.
+"""What the Hopper kernels share: rings of buffers, and the warp that tells all others which row of tiles comes next.
+
+Ticket, order, row and its ranges each say where the next of these numbers lies. A warp of its own follows them while others load and
+compute: the loading warp, when it did so itself, came late with the first tiles of each row.
 
 What threads have read of shared memory must be in their registers before a group says that its place is free. The barrier of a group
 waits for no load, and while products keep shared memory busy one can take longer than the next tile takes to arrive (that was seen:
@@ -51,7 +54,8 @@ def _row(b, h, rank, tiles, H, tables, AT_LEAST_ONE: gl.constexpr):
         partial_first = gl.where(empty, 0, partial_first)
         partial_last = gl.where(empty, 1, partial_last)
     {origins}
-    return b, h, row_tile, fulls, full_at, full_first, full_last, partials, partial_at, partial_first, partial_last{origin_names}
+    ranges = partials, full_at, full_first, full_last, partial_at, partial_first, partial_last
+    return (b, h, row_tile, fulls + partials{origin_names}) + ranges
 
 
 @gluon.jit
@@ -76,9 +80,19 @@ def _label(tile, masked, needed, after, label):
 @gluon.jit
 def _word(words, places, i: gl.constexpr):
     return gl.sum(gl.where(places == i, words, 0), 0)
+
+
+@gluon.jit
+def _is_row(words, places, COUNT: gl.constexpr):
+    """False for what comes behind the last row: all words are -1. A branch on it needs all words that are read of a message, so behind
+    that branch the message is free."""
+    all_of_them = _word(words, places, 0)
+    for i in gl.static_range(1, COUNT):
+        all_of_them &= _word(words, places, i)
+    return all_of_them >= 0
 '''
 
-# How a group hears of its first row, and of each that follows; a negative batch ends them.
+# How a warp or a group hears of its first row, and of each that follows.
 FIRST_WORDS = """
 EVERYWHERE: gl.constexpr = gl.BlockedLayout([{message}], [32], [4], [0])  # each thread holds all words
 places = gl.arange(0, {message}, EVERYWHERE)
@@ -91,27 +105,67 @@ mbarrier.wait(row_ready.index(turn % {messages}), turn // {messages} % 2)
 words = words_of.index(turn % {messages}).load(EVERYWHERE)
 """
 
-# The numbers of a row, as they are read from a message.
 READ_ROW = """
 b = _word(words, places, 0)
 h = _word(words, places, 1)
 {row_tile} = _word(words, places, 2)
+ranges = _word(words, places, 3)
 {origin_words}
 """
 
-# When a row is done every thread has needed them.
-ROW_DONE = "mbarrier.arrive(row_free.index(turn % {messages}))"
-ROW_BEFORE_DONE = "mbarrier.arrive(row_free.index((turn + {messages} - 1) % {messages}), pred=turn > 0)"
-
 READ_RANGES = """
-fulls = _word(words, places, 3)
-full_at = _word(words, places, 4)
-full_first = _word(words, places, 5)
-full_last = _word(words, places, 6)
-partials = _word(words, places, 7)
-partial_at = _word(words, places, 8)
-partial_first = _word(words, places, 9)
-partial_last = _word(words, places, 10)
+partials = _word(words, places, {ranges_at})
+full_at = _word(words, places, {ranges_at} + 1)
+full_first = _word(words, places, {ranges_at} + 2)
+full_last = _word(words, places, {ranges_at} + 3)
+partial_at = _word(words, places, {ranges_at} + 4)
+partial_first = _word(words, places, {ranges_at} + 5)
+partial_last = _word(words, places, {ranges_at} + 6)
+"""
+
+ROW_HEARD = "mbarrier.arrive(row_free.index(turn % {messages}))"
+
+TELLS = '''
+@gluon.jit
+def _tells_{side}(messages, tables, items, sizes):
+    """Which row comes next, and then that there is none. What `members` heads sum in one place are rows in turn."""
+    words_of, row_ready, row_free = messages
+    shares{queue} = items
+    {sizes} = sizes
+    tiles = {row_tiles}
+    last = {rows_to_take}
+    item = {first_item}
+    turn = 0
+    taken = 1
+    while item < last:
+        {place}
+        held_head = head % {held_heads}
+        for member in range({members}):
+            row = _row(head // {held_heads}, held_head * {members} + member, rank, tiles, H, tables, {at_least_one})
+            _post(row, words_of.index(turn % {messages}), {words})
+            mbarrier.arrive(row_ready.index(turn % {messages}))
+            turn += 1
+            mbarrier.wait(row_free.index(turn % {messages}), (turn // {messages} + 1) % 2)
+        {next_item}
+        taken += 1
+    _post({no_more}, words_of.index(turn % {messages}), {words})
+    mbarrier.arrive(row_ready.index(turn % {messages}))
+'''
+
+NEXT_SHARE = "item = gl.load(shares + taken * gl.num_programs(0))"
+
+# Rows differ in length: programs take tickets, and late, for who has a ticket early takes that row from one that is done before. So
+# there is one message, and the loading warp frees it when its row ends soon.
+NEXT_TICKET = "item = gl.atomic_add(shares, 1) + gl.num_programs(0)"
+
+ENDS_SOON = """
+if (r == ranges - 1) & (tile == gl.maximum(first_tile, last_tile - 2)):
+    {row_heard}
+"""
+
+HAS_NO_TILE = """
+if ranges == 0:
+    {row_heard}
 """
 
 # A group learns of a tile from its label. It does not follow the plan itself: while it waited for a number of that it would multiply
@@ -133,7 +187,7 @@ else:
 
 # All tiles of a row: those at an edge of the mask or of the tensors, `masked`, then those whose every pair is kept.
 EVERY_TILE = """
-for r in range(partials + fulls):
+for r in range(ranges):
     masked = r < partials
     first_tile = gl.where(masked, partial_first, full_first)
     last_tile = gl.where(masked, partial_last, full_last)
@@ -149,7 +203,7 @@ for r in range(partials + fulls):
 
 # The kind of the next tile; no range of a plan is empty.
 AFTER = """
-after = gl.where(r + 1 < partials, 1, gl.where(r + 1 < partials + fulls, 2, 0))
+after = gl.where(r + 1 < partials, 1, gl.where(r + 1 < ranges, 2, 0))
 after = gl.where(tile + 1 < last_tile, gl.where(masked, 1, 2), after)
 """
 
