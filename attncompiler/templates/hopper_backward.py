@@ -304,7 +304,6 @@ def {kernel}({parameters}):
     {rings}
     labels = gl.allocate_shared_memory(gl.int32, [{label_places}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     words = gl.allocate_shared_memory(gl.int32, [{messages}, {message}], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    held_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     held_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     row_ready = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
     row_free = gl.allocate_shared_memory(gl.int64, [{messages}, 1], mbarrier.MBarrierLayout())
@@ -312,7 +311,6 @@ def {kernel}({parameters}):
     ready = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [{stages}, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
-        mbarrier.init(held_ready.index(i), count=1)
         mbarrier.init(written.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(held_free.index(i), count={freeing})
@@ -346,6 +344,9 @@ def {kernel}({parameters}):
 HELD_PLACES = """
 first_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {first_held}.layout)
 second_held = gl.allocate_shared_memory({dtype}, [4, {held_box}], {second_held}.layout)
+held_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+for i in gl.static_range(4):
+    mbarrier.init(held_ready.index(i), count=1)
 """
 
 LEAVING = "leaving_held = gl.allocate_shared_memory({dtype}, [2, {held_box}], {first_held}.layout)"

@@ -37,8 +37,6 @@ def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
 
 {loads}
 
-{telling_warp}
-
 {taking_warp}
 
 @gluon.jit
