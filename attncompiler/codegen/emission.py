@@ -26,10 +26,13 @@ from attncompiler.ir.expr import (
 from attncompiler.ir.program import Attention, Dtype
 from attncompiler.passes.grid import split_axis
 from attncompiler.passes.plan import score_where_kept
-from attncompiler.tuning.schedule import Schedule
+from attncompiler.tuning.schedule import Schedule, heads_cached
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 512
+
+
+_IN_TURN = 8
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,16 @@ class Emission:
     def has_queue(self, kernel: str) -> bool:
         """True where only the device knows how long rows are, and so in which order they are taken (runtime/queue.py)."""
         return self.has_warp_roles(kernel) and not self.schedule.of(kernel).tiles and bool(reads_of(self.program.keep.predicate))
+
+    def heads_in_turn(self, kernel: str) -> int:
+        """Heads whose rows of tiles are taken by turns. Rows of a grid each have keys of their own, so no more than the cache has; other
+        rows that run together mostly read the same tiles."""
+        tiles = self.schedule.of(kernel).tiles
+        if not tiles:
+            return _IN_TURN
+        tokens = math.prod(axis.length for axis in tiles.axes)
+        sharing = self.group if kernel == "attention_backward_keys" else 1 / self.group
+        return min(_IN_TURN, heads_cached(self.program, tokens * sharing))
 
     def descriptor_block(self, kernel: str, name: str) -> tuple[int, ...] | None:
         """The tile that a tensor descriptor parameter loads; None for a parameter that is none."""

@@ -79,7 +79,7 @@ def hopper_forward_source(e: Emission) -> str:
     of_tile = {"read_label": fill(hopper_rows.READ_LABEL, label_at=_OF_TWO_PASSES), "key_positions": key_positions}
     text = fill(
         hopper_forward.KERNEL,
-        loads=f"{loads}\n\n{row['telling_warp']}",
+        loads=f"{loads}\n{row['telling_warp']}",
         of_queries=".load(gl.DotOperandLayout(0, SCORES, 2))" if schedule.block_n <= _NARROW else "",
         row_readers=str(3 + (e.layout.by_list is not None)),
         **ways,

@@ -111,7 +111,7 @@ def _order(e: Emission, kernel: str) -> dict[str, str]:
     if e.has_queue(kernel):
         place = "of_all = gl.load(queue + 1 + item)\nhead, rank = of_all // tiles, of_all % tiles"
         return {"place": place, "Queue": ", Queue", "queue": ", queue", "rows_to_take": "gl.load(queue)"}
-    place = "head, rank = _place(item, tiles, last // tiles)"
+    place = f"head, rank = _place(item, tiles, last // tiles, {e.heads_in_turn(kernel)})"
     return {"place": place, "Queue": "", "queue": "", "rows_to_take": "B * {held_heads} * tiles"}
 
 

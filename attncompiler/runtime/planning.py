@@ -93,15 +93,15 @@ class Planner:
         predicate, tokens = self._program.keep.predicate, self._extents["q_idx"]
         return windows_of(predicate, tokens, self._schedule.tiles, self._by_keys).to(self._device)
 
-    def shares(self, operands: Mapping[str, Tensor], pairs: int, programs: int) -> Tensor:
+    def shares(self, operands: Mapping[str, Tensor], pairs: int, programs: int, in_turn: int) -> Tensor:
         """The rows of each program of a kernel with warp roles, int32 [rounds + 1, programs], for `pairs` batches and heads: every
-        row, in the order of `_place` in templates/hopper_rows.py, goes to the program that is done first. After the last of a
-        program comes the number of rows."""
+        row, in the order of `_place` in templates/hopper_rows.py with so many heads `in_turn`, goes to the program that is done first.
+        After the last of a program comes the number of rows."""
         plan = self._rows(self._program, operands)
         work = plan.work[:, :, _order(plan).long()].cpu() + _ROW_OVERHEAD
         b = self._extents["b"]
         work = work.expand(b, pairs // b, -1).flatten(0, 1)
-        return fair_shares([float(x) for group in work.split(8) for x in group.T.flatten()], programs).to(self._device)
+        return fair_shares([float(x) for group in work.split(in_turn) for x in group.T.flatten()], programs).to(self._device)
 
     def _rows(self, program: Attention, operands: Mapping[str, Tensor]) -> TilePlan:
         if self._schedule.tiles:

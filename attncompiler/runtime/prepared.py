@@ -182,7 +182,7 @@ class Prepared:
         if emission.has_warp_roles(name):
             grid = (min(tiles * rows, _multiprocessors(self.device)), 1)
             if not emission.takes_tickets(name):
-                shares = {"Shares": self._planners[name].shares(operands, rows, grid[0])}
+                shares = {"Shares": self._planners[name].shares(operands, rows, grid[0], emission.heads_in_turn(name))}
         static = name not in self._planners or self._planners[name].is_static
         kept = {key: value for key, value in plan.items() if static or not isinstance(value, Tensor)}
         fixed = {**self.constants, **constants, **kept, **shares}

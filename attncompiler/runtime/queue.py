@@ -20,12 +20,11 @@ from attncompiler.codegen.vectors import head_group
 from attncompiler.ir.expr import axes_of
 from attncompiler.ir.program import Attention, Empty
 from attncompiler.runtime.row_kernels import run
-from attncompiler.tuning.schedule import head_size
+from attncompiler.tuning.schedule import heads_cached
 from attncompiler.tuning.target import TARGETS
 
 _SORTED = 8192  # rows; of more, each program takes many, and those of eight heads by turns find their keys in cache
 _BLOCK, _CHUNK = 16, 1024
-_CACHED = 24 << 20  # bytes: half of the second-level cache of an H100
 _SHORT = tl.constexpr(0.7)  # of the mean: some 1/8 of the work, where rows are of all lengths
 _PARTS = tl.constexpr(TARGETS["sm_90"].multiprocessors * 4)  # a row with more than such a part of all work is long for a program
 
@@ -101,7 +100,7 @@ class RowQueue:
         over_b = tiles * (h if "h" in axes else 1) if "b" in axes else 0
         unread = program.keep.empty is Empty.UNREAD
         tokens = extents["q_idx"] * members if by_keys else extents["kv_idx"] / head_group(program.sum, h)
-        together = max(1, int(_CACHED // (4 * head_size(program) * max(tokens, 1))))  # two vectors of half precision a token
+        together = heads_cached(program, tokens)
         return RowQueue(b, h // members, members, tiles, (over_b, over_h), together, unread and not by_keys)
 
     @property

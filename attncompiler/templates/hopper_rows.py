@@ -24,11 +24,11 @@ def _exp2(x):
 
 
 @gluon.jit
-def _place(item, tiles, heads):
-    """The head, of all batches, and the rank of its row: eight heads take turns. So long rows come first and short ones last, and
+def _place(item, tiles, heads, IN_TURN: gl.constexpr):
+    """The head, of all batches, and the rank of its row: some heads take turns. So long rows come first and short ones last, and
     rows that read the same tiles still run together."""
-    first = item // (tiles * 8) * 8
-    turns = gl.minimum(heads - first, 8)
+    first = item // (tiles * IN_TURN) * IN_TURN
+    turns = gl.minimum(heads - first, IN_TURN)
     return first + (item - first * tiles) % turns, (item - first * tiles) // turns
 
 

@@ -71,6 +71,15 @@ def head_size(program: Attention) -> int:
     return max(16, 1 << (longest - 1).bit_length())
 
 
+_CACHED = 24 << 20  # bytes: half of the second-level cache of an H100, whose halves each keep what both read
+
+
+def heads_cached(program: Attention, tokens: float) -> int:
+    """Of so many heads, one at least, the cache has what streams past their rows: two vectors of half precision for each of the `tokens`
+    of a head. Simulated by benchmarks/row_order.py."""
+    return max(1, int(_CACHED // (4 * head_size(program) * max(tokens, 1))))
+
+
 def choose_schedule(program: Attention, target: Target, descriptors: bool = False, few_queries: bool = False) -> Schedule:
     """A good schedule without measuring, from head size, element width and target. Source: docs/performance.md."""
     d = head_size(program)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import attncompiler
 from attncompiler import masks
+from attncompiler.codegen.emission import Emission, Layout
 from attncompiler.dsl.attention import declare
 from attncompiler.explain import preview_site, trace
 from attncompiler.ir.expr import Expr
@@ -18,6 +19,7 @@ from attncompiler.masks import Mask
 from attncompiler.runtime import planning, prepared
 from attncompiler.runtime.planning import as_if_in_order
 from attncompiler.runtime.prepared import Prepared
+from attncompiler.tuning.schedule import choose_schedule, for_mask
 from attncompiler.tuning.target import TARGETS
 
 _GRID, _GRID_3D = masks.grid((32, 32), 5), masks.grid((8, 12, 12), 3)
@@ -131,6 +133,30 @@ def test_rows_are_shared_out_fairly() -> None:
     assert loads.max() <= loads.mean() + work[0] * 0.1
     many = planning.fair_shares([1.0] * 40000, 7)
     assert sorted(many[many < 40000].tolist()) == list(range(40000)) and bool((many[-1] == 40000).all())
+
+
+@pytest.mark.parametrize(
+    ("mask", "tokens", "in_turn", "of_shared_keys", "by_shared_keys"),
+    [
+        (masks.causal(), 16384, 8, 8, 8),
+        (masks.grid((128, 128), 17), 16384, 3, 8, 1),
+        (masks.grid((64, 64), 9), 4096, 8, 8, 3),
+        (masks.grid((256, 256), 80, stride=16), 65536, 1, 3, 1),
+    ],
+)
+def test_no_more_heads_of_a_grid_are_taken_in_turn_than_the_cache_has(
+    mask: Mask, tokens: int, in_turn: int, of_shared_keys: int, by_shared_keys: int
+) -> None:
+    """24 MiB for 512 bytes a token; four heads of queries that share keys: their rows read one head's, and rows of keys read four's."""
+    found = []
+    for kv_heads in (8, 2):
+        q, k = (torch.empty(1, heads, tokens, 128, dtype=torch.bfloat16, device="meta") for heads in (8, kv_heads))
+        program = declare(q, k, k, keep=mask, enable_gqa=True).program
+        schedule = for_mask(choose_schedule(program, TARGETS["sm_90"], True), program, {})
+        group = 8 // kv_heads
+        emission = Emission(program, schedule, Layout.of((1, group, group), frozenset("qkv")))
+        found += [emission.heads_in_turn(kernel) for kernel in ("attention_forward", "attention_backward_keys")]
+    assert found == [in_turn, in_turn, of_shared_keys, by_shared_keys]
 
 
 @pytest.mark.parametrize(
