@@ -83,6 +83,12 @@ def _word(words, places, i: gl.constexpr):
 
 
 @gluon.jit
+def _heard(words):
+    """The words of a message, read once. LLVM reads a word of a vector anew where it is used, and the message may be free by then."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _is_row(words, places, COUNT: gl.constexpr):
     """False for what comes behind the last row: all words are -1. A branch on it needs all words that are read of a message, so behind
     that branch the message is free."""
@@ -97,12 +103,12 @@ FIRST_WORDS = """
 EVERYWHERE: gl.constexpr = gl.BlockedLayout([{message}], [32], [4], [0])  # each thread holds all words
 places = gl.arange(0, {message}, EVERYWHERE)
 mbarrier.wait(row_ready.index(0), 0)
-words = words_of.index(0).load(EVERYWHERE)
+words = _heard(words_of.index(0).load(EVERYWHERE))
 """
 
 NEXT_WORDS = """
 mbarrier.wait(row_ready.index(turn % {messages}), turn // {messages} % 2)
-words = words_of.index(turn % {messages}).load(EVERYWHERE)
+words = _heard(words_of.index(turn % {messages}).load(EVERYWHERE))
 """
 
 READ_ROW = """

@@ -79,3 +79,23 @@ def test_tiles_are_in_registers_before_their_place_is_free(name: str, d: int) ->
         listing = kernel.sass(encodings=True)
         assert listing.count("BAR.SYNC") > 10
         assert not freed_too_soon(listing), kernel.name
+
+
+@pytest.mark.parametrize("members", [1, 8])
+def test_messages_are_read_once(members: int) -> None:
+    """A word that is read anew where it is used may be of the next row. In PTX: what lies in the 64 bytes of the message is read by the
+    four wide loads behind each wait, and by nothing else."""
+    q, k = (torch.empty(1, heads, 1024, 128, dtype=torch.bfloat16) for heads in (8, 8 // members))
+    declared = declare(q, k, k, keep=masks.causal(), enable_gqa=True)
+    program, target = declared.program, TARGETS["sm_90"]
+    operands = dict(zip((tensor.name for tensor in program.tensors), (q, k, k), strict=True))
+    schedule = schedule_of_layout(program, {}, target, operands)
+    layout = Layout.of((1, members, members), frozenset("qkv"))
+    (kernel,) = cross_compile(program, schedule, layout, target, ["attention_backward_keys"])
+    read = [
+        (int(width or 1), int(at))
+        for width, at in re.findall(r"ld\.shared\.(?:v(\d)\.)?b32\s+[^\[]*\[global_smem\+(\d+)\]", kernel.assembly)
+    ]
+    begin = min(at for width, at in read if width == 4)
+    of_message = [width for width, at in read if begin <= at < begin + 64]
+    assert of_message.count(4) >= 2 * 4 and set(of_message) == {4}
