@@ -30,9 +30,7 @@ from attncompiler.tuning.schedule import Schedule, heads_cached
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 512
-
-
-_IN_TURN = 8
+_IN_TURN = 8  # heads whose rows are taken by turns, at most (docs/performance.md: "Who takes which row")
 
 
 @dataclass(frozen=True)
