@@ -14,8 +14,10 @@ from attncompiler.ir.expr import AXES, Const, Expr, conj, conjuncts, reads_of
 from attncompiler.ir.interpreter import extents_of
 from attncompiler.ir.program import Attention, Dtype, Keep, Route
 from attncompiler.passes.compact_rows import without_route
+from attncompiler.passes.grid import ROWS, choose_tiles
+from attncompiler.passes.grid_among_runs import grid_among_runs
 from attncompiler.passes.placed import placed
-from attncompiler.passes.plan import TilePlan, build_boxes, build_plan, count_kept, with_sizes
+from attncompiler.passes.plan import TilePlan, build_boxes, build_plan, count_kept, plan_boxes, with_sizes
 from attncompiler.passes.tile_counts import TileCounts, kept_in_grid, separable
 from attncompiler.runtime.gathered import gathered
 from attncompiler.runtime.lowering import unsupported
@@ -86,7 +88,30 @@ def preview(
     element = 2 if program.value.dtype in (Dtype.BF16, Dtype.F16) else 4
     boxes = boxes_of(forward.tiles)
     light = speed_of_light(TileCounts.of(plan, b, h), kept_pairs, shape, target, element, boxes, strides)
+    if not forward.tiles and not read:
+        notes = (*notes, *_lost_boxes(predicate, light, (b * h, m, n)))
     return Preview(schedule, plan, light, notes, build_ms)
+
+
+_MUCH_LESS = 0.8
+
+
+def _lost_boxes(predicate: Expr, light: SpeedOfLight, shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """A note, where the mask speaks of a grid beside other tokens that apart from these would be cut into boxes. `shape`: heads of all
+    batches, queries, keys."""
+    heads, m, n = shape
+    found = grid_among_runs(predicate, m, n)
+    tiles = choose_tiles(found.predicate, found.queries[1], *light.tile) if found else ROWS
+    if not (found and tiles):
+        return ()
+    full = sum(-(-rows // light.tile[0]) * -(-columns // light.tile[1]) for (_, rows), (_, columns) in found.full)
+    apart = heads * (int(plan_boxes(found.predicate, found.queries[1], tiles).work.sum()) + full)
+    if apart > _MUCH_LESS * light.visited_tiles:
+        return ()
+    lost = f"a grid of {found.queries[1]} tokens beside others: tiles are runs of tokens, {light.visited_tiles} in all"
+    return (
+        f"{lost}; attended to apart, in boxes, {apart} would do (attncompiler.attention(..., return_lse=True) lets parts be joined)",
+    )
 
 
 _MOST_COUNTED = 1 << 26  # pairs that are looked at one by one to explain a function

@@ -115,6 +115,18 @@ def test_a_stride_is_proposed() -> None:
     assert any(note.startswith("with a stride of 8x16, 16x8") for note in region.notes)
 
 
+@pytest.mark.parametrize(("text", "notes"), [(128, 1), (0, 0)])
+def test_a_grid_beside_other_tokens_is_said_to_lose_its_boxes(text: int, notes: int) -> None:
+    mask = masks.disc((64, 64), 8, text=text)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attncompiler.attention(q, k, v, keep=mask)
+
+    (region,) = attncompiler.explain(attend, *[_of(1, 2, 4096 + text)] * 3).regions
+    said = [note for note in region.notes if note.startswith("a grid of 4096 tokens beside others")]
+    assert len(said) == notes and all("in boxes" in note for note in said)
+
+
 @pytest.mark.parametrize(("m", "n"), [(0, 0), (0, 64), (64, 0)])
 def test_nothing_to_attend_to_has_no_speed(m: int, n: int) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
