@@ -99,10 +99,10 @@ def _region(site: Site) -> Region:
         family="softmax",
         ir=program_text(site.whole),
         mask="all pairs" if predicate == TRUE else expr_text(predicate),
-        density=found.plan.density * site.active_share * (1.0 if chosen is None else chosen.share),
+        density=found.density * site.active_share * (1.0 if chosen is None else chosen.share),
         template="portable" if reason else "softmax (Triton); portable without a GPU",
         source_location=program.origin.line,
-        kernels={} if reason else {"attention": kernel_source(program, found.schedule)},
+        kernels={} if reason else kernel_sources(program, found),
         notes=notes,
         speed_of_light=found.light,
     )
@@ -125,6 +125,17 @@ def kernel_source(program: Attention, schedule: Schedule) -> str:
         schedule = schedule.in_rows()
     program = in_kernels(program)
     return emit(program, schedule, Layout.of(static_groups(program), frozenset(program.differentiable)))
+
+
+def kernel_sources(program: Attention, found: Preview) -> dict[str, str]:
+    """The generated files of a program by what they compute: one, or one for each of its parts. Raises: UnsupportedProgram."""
+    if not found.parts:
+        return {"attention": kernel_source(program, found.schedule)}
+    return {
+        f"attention of queries {q}:{q + m} and keys {k}:{k + n}": kernel_source(part.program, shown.schedule)
+        for part, shown in found.parts
+        for (q, m), (k, n) in ((part.queries, part.keys),)
+    }
 
 
 def preview_site(site: Site, target: Target | None = None) -> Preview:

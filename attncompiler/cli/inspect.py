@@ -21,15 +21,17 @@ from attncompiler.codegen.emission import Layout
 from attncompiler.codegen.emit_state import StateEmission, shown_choice, state_source
 from attncompiler.codegen.recurrence import Recurrence, undivided
 from attncompiler.errors import OptionError
-from attncompiler.explain import kernel_source, preview_site, trace
+from attncompiler.explain import kernel_sources, preview_site, trace
 from attncompiler.ir.expr import ONE
 from attncompiler.ir.phase_text import work_text
+from attncompiler.ir.program import Attention
 from attncompiler.ir.text import to_text
 from attncompiler.passes.site import Site
 from attncompiler.runtime.lowering import unsupported
 from attncompiler.runtime.preview import Preview
 from attncompiler.runtime.triton_launch import static_groups
 from attncompiler.state_region import StateUse
+from attncompiler.tuning.schedule import Schedule
 from attncompiler.tuning.target import Target, target_named
 
 
@@ -78,14 +80,17 @@ def _attention(site: Site, target: Target) -> Inspected:
     line, text = program.origin.line, to_text(program)
     if reason:
         return Inspected(line, text, "", reason, (), preview)
-    schedule, layout = preview.schedule, Layout.of(static_groups(program), frozenset(program.differentiable))
 
-    def kernel(name: str) -> CompiledKernel:
-        (found,) = cross_compile(program, schedule, layout, target, [name])
+    def kernel(run: Attention, schedule: Schedule, layout: Layout, name: str) -> CompiledKernel:
+        (found,) = cross_compile(run, schedule, layout, target, [name])
         return found
 
-    kernels = [partial(kernel, name) for name in kernels_of(program, schedule, layout)]
-    return Inspected(line, text, kernel_source(program, schedule), reason, kernels, preview)
+    kernels = []
+    running = [(part.program, shown.schedule) for part, shown in preview.parts] or [(program, preview.schedule)]
+    for run, schedule in running:
+        layout = Layout.of(static_groups(run), frozenset(run.differentiable))
+        kernels += [partial(kernel, run, schedule, layout, name) for name in kernels_of(run, schedule, layout)]
+    return Inspected(line, text, "\n\n".join(kernel_sources(program, preview).values()), reason, kernels, preview)
 
 
 def _state(use: StateUse, target: Target) -> Inspected:

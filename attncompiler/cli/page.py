@@ -33,7 +33,7 @@ def page(name: str, regions: Sequence[Inspected]) -> str:
              f"<h1>Attention in <code>{html.escape(name)}</code></h1>"]  # fmt: skip
     for number, region in enumerate(regions):
         line, text = html.escape(region.line), html.escape(region.text)
-        picture = "" if region.preview is None else f"{svg(region.preview.drawn, alone=False)}{_legend(region.preview)}"
+        picture = "" if region.preview is None else f"{svg(region.preview.draw(), alone=False)}{_legend(region.preview)}"
         source = html.escape(region.source) if region.source else f"no GPU kernel: {html.escape(region.reason)}"
         parts.append(
             f"<h2>Region {number}, {line}</h2><div class='region'><div><pre>{text}</pre>{picture}</div><pre>{source}</pre></div>"
@@ -44,8 +44,8 @@ def page(name: str, regions: Sequence[Inspected]) -> str:
 def _legend(preview: Preview) -> str:
     names = {Coverage.FULL: "full", Coverage.PARTIAL: "partial", Coverage.EMPTY: "empty (skipped)"}
     keys = "".join(f"<span style='background:{COLOURS[c]}'></span>{text}" for c, text in names.items())
-    plan, light = preview.plan, preview.light
-    size = f"{plan.block_q} queries by {plan.block_kv} keys a tile"
+    forward, light = preview.schedule.forward, preview.light
+    size = f"{forward.block_m} queries by {forward.block_n} keys a tile"
     if light is not None and light.boxes:
         size += f", boxes of {boxes_text(light.boxes)}, drawn box after box"
-    return f"<p class='legend'>{keys}</p><p>{size}; {100 * plan.density:.3g} % visited</p>"
+    return f"<p class='legend'>{keys}</p><p>{size}; {100 * preview.density:.3g} % visited</p>"

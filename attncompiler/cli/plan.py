@@ -114,7 +114,7 @@ def _as_run(mask: Mask, shape: Shape, target: Target, kept: int | None) -> _Plan
     outlines = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in operands.items()}
     shown = preview(declared.program, {}, outlines, target, operands, kept)
     assert shown.light is not None
-    return _Planned(shown.light, lambda: shown.drawn, shown.build_ms)
+    return _Planned(shown.light, shown.draw, shown.build_ms)
 
 
 def _in_tiles(mask: Mask, shape: Shape, target: Target, tile: tuple[int, ...], row_major: bool, kept: int | None) -> _Planned:

@@ -43,6 +43,22 @@ class TileCounts:
         worst = int(plan.work.max()) if plan.work.numel() else 0
         return TileCounts(plan.block_q, plan.block_kv, batches * heads * plan.q_tiles, visited, full, worst)
 
+    @staticmethod
+    def of_all(queries: int, keys: int, block_q: int, block_kv: int) -> TileCounts:
+        """Of one head that keeps every pair."""
+        rows, columns = -(-queries // block_q), -(-keys // block_kv)
+        return TileCounts(block_q, block_kv, rows, rows * columns, queries // block_q * (keys // block_kv), columns)
+
+    def __add__(self, other: TileCounts) -> TileCounts:
+        """Of both, in tiles of one size."""
+        assert (self.block_q, self.block_kv) == (other.block_q, other.block_kv)
+        rows, visited, full = (one + two for one, two in zip(self._sums, other._sums, strict=True))
+        return replace(self, rows=rows, visited=visited, full=full, worst=max(self.worst, other.worst))
+
+    @property
+    def _sums(self) -> tuple[int, int, int]:
+        return self.rows, self.visited, self.full
+
     def times(self, copies: int) -> TileCounts:
         """Of so many heads that are alike."""
         return replace(self, rows=self.rows * copies, visited=self.visited * copies, full=self.full * copies)

@@ -13,7 +13,7 @@ from attncompiler.codegen import portable
 from attncompiler.errors import DeviceError, UnsupportedProgram
 from attncompiler.ir.program import Attention, Route
 from attncompiler.passes.compact_rows import compact_rows
-from attncompiler.runtime import triton_launch
+from attncompiler.runtime import parted, triton_launch
 from attncompiler.runtime.gathered import gathered
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ def forward(
     program: Attention, operands: Mapping[str, Tensor], sizes: Mapping[str, int], heads_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O, lse and rcp (docs/design.md). Raises: DeviceError for operands on different devices."""
+    parts = parted.parts_of(program)
+    if parts:
+        return parted.forward(parts, forward, program, operands, sizes, heads_first)
     lists = gathered(program)
     given = lists.operands(operands, sizes) if lists.gathers else operands
     lowering = _lowering(lists.program, given, sizes)
@@ -52,6 +55,9 @@ def backward(
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients of the operands in `wanted`, by the lowering that ran the forward."""
+    parts = parted.parts_of(program)
+    if parts:
+        return parted.backward(parts, backward, operands, sizes, o, lse, rcp, grad_o, grad_lse, wanted)
     lists = gathered(program)
     given = lists.operands(operands, sizes) if lists.gathers else operands
     lowering, inner = _lowering(lists.program, given, sizes), lists.wanted(wanted)

@@ -1,5 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""The kernels of rows by list, for a GPU: each moves every row once. rows.py has in torch what they compute."""
+"""The kernels of rows by list and of rows in parts, for a GPU: each moves every row once. rows.py and parted.py have in torch what they
+compute."""
 
 from __future__ import annotations
 
@@ -214,3 +215,41 @@ def _strides(letter: str, strides: Sequence[int]) -> dict[str, int]:
 def tile_of(channels: int) -> dict[str, int]:
     """How many rows a program of a kernel moves, and how many channels it holds of each."""
     return {"ROWS": ROWS, "CHANNELS": 1 << (channels - 1).bit_length()}
+
+
+@triton.jit
+def _join_rows(First, FirstLse, Second, SecondLse, Out, Lse, H, M, D, f_b, f_h, f_m, s_b, s_h, s_m, o_b, o_h, o_m, l_b, l_h,
+               ROWS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < M
+    at = tl.program_id(1).to(tl.int64) * M + row
+    first = tl.load(FirstLse + at, mask=inside, other=float("-inf"))
+    second = tl.load(SecondLse + at, mask=inside, other=float("-inf"))
+    most = tl.maximum(first, second)
+    shift = tl.where(most == float("-inf"), 0.0, most)
+    first = tl.exp(first - shift)
+    second = tl.exp(second - shift)
+    total = first + second
+    tl.store(Lse + b * l_b + h * l_h + row, most + tl.log(total), mask=inside)
+    scale = tl.where(total > 0.0, 1.0 / total, 0.0)
+    channels = tl.arange(0, CHANNELS)[None, :]
+    there = inside[:, None] & (channels < D)
+    row = row.to(tl.int64)[:, None]
+    x = tl.load(First + b * f_b + h * f_h + row * f_m + channels, mask=there, other=0.0).to(total.dtype)
+    y = tl.load(Second + b * s_b + h * s_h + row * s_m + channels, mask=there, other=0.0).to(total.dtype)
+    joined = x * (first * scale)[:, None] + y * (second * scale)[:, None]
+    tl.store(Out + b * o_b + h * o_h + row * o_m + channels, joined.to(Out.dtype.element_ty), mask=there)
+
+
+def join_rows_into(out: Tensor, lse: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+    """O and lse of all keys from those of some and of the others, into `out` [b, h, q_idx, D] and `lse` [b, h, q_idx] of any strides with
+    dense channels and rows. The lse of the parts are contiguous."""
+    (x, x_lse), (y, y_lse) = first, second
+    b, h, m, d = out.shape
+    if out.numel():
+        tensors = {"First": x, "FirstLse": x_lse, "Second": y, "SecondLse": y_lse, "Out": out, "Lse": lse}
+        strides = {**_strides("f", x.stride()[:3]), **_strides("s", y.stride()[:3]), **_strides("o", out.stride()[:3])}
+        constants = {"H": h, "M": m, "D": d, **strides, **_strides("l", lse.stride()[:2])}
+        run(_join_rows, (-(-m // ROWS), b * h), tensors, {**constants, **tile_of(d)})

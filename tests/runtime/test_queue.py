@@ -13,6 +13,7 @@ from attncompiler.runtime import queue
 from attncompiler.runtime.planning import Planner
 from attncompiler.runtime.prepared import Prepared
 from attncompiler.runtime.queue import RowQueue
+from attncompiler.tuning import schedule
 from attncompiler.tuning.schedule import KernelSchedule
 from attncompiler.tuning.target import TARGETS
 
@@ -69,7 +70,7 @@ def test_long_rows_come_first(
     keep, shape = PLANS[plan]
     program = _program(keep)
     # what streams: two vectors of each of 512 tokens, which two heads share; of keys, what all members see
-    monkeypatch.setattr(queue, "_CACHED", together * 512 * 2 * 64 * 2 * (members if by_keys else 0.5))
+    monkeypatch.setattr(schedule, "_CACHED", together * 512 * 2 * 64 * 2 * (members if by_keys else 0.5))
     work = torch.randint(0, 5, (*shape, tiles), generator=torch.Generator().manual_seed(tiles), dtype=torch.int32)
     of_rows = RowQueue.of(program, EXTENTS, members, tiles, by_keys)
     assert of_rows.together == together

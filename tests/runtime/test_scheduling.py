@@ -72,7 +72,7 @@ def test_what_is_explained_is_what_runs(case: str, target: str) -> None:
     with mock.patch.object(prepared, "target_of", lambda device: TARGETS[target]):
         runs = Prepared(declared.program, operands, {}).schedule
     assert explained.schedule == runs
-    forward, plan = runs.forward, explained.plan
+    forward, plan = runs.forward, explained.counts
     assert (plan.block_q, plan.block_kv) == (forward.block_m, forward.block_n)
     assert explained.light is not None
     assert explained.light.boxes == ((forward.tiles.rows, forward.tiles.columns) if forward.tiles else None)
@@ -122,7 +122,8 @@ def test_a_grid_beside_other_tokens_is_said_to_lose_its_boxes(text: int, notes: 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attncompiler.attention(q, k, v, keep=mask)
 
-    (region,) = attncompiler.explain(attend, *[_of(1, 2, 4096 + text)] * 3).regions
+    qkv = [_of(1, 2, 4096 + text, dtype=torch.float32)] * 3  # of half precision the parts would run
+    (region,) = attncompiler.explain(attend, *qkv).regions
     said = [note for note in region.notes if note.startswith("a grid of 4096 tokens beside others")]
     assert len(said) == notes and all("in boxes" in note for note in said)
 
