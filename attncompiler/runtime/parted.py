@@ -66,7 +66,10 @@ def parts_of(program: Attention) -> tuple[Part, ...]:
     surely = found.queries in seen or program.keep.zero_if_empty or rows_keep_some(found.predicate, found.queries[1])
     if not surely or sum(length for _, length in {q for q, _, _ in pairs}) < m:
         return ()  # queries that keep nothing give what no part says
-    return tuple(_part(program, *pair) for pair in sorted(pairs, key=lambda pair: (pair[0], pair[1])))
+    empty = (
+        Empty.ZERO if found.queries in seen else program.keep.empty
+    )  # what keeps nothing of one part takes no share in the others
+    return tuple(_part(program, q, k, Keep(kept, empty)) for q, k, kept in sorted(pairs, key=lambda pair: (pair[0], pair[1])))
 
 
 def _is_faster(program: Attention, found: GridAmongRuns, m: int, n: int) -> bool:
@@ -127,7 +130,7 @@ def _joined(found: GridAmongRuns) -> list[tuple[Run, Run]]:
     return joined
 
 
-def _part(program: Attention, queries: Run, keys: Run, kept: Expr) -> Part:
+def _part(program: Attention, queries: Run, keys: Run, keep: Keep) -> Part:
     cuts: dict[str, tuple[int, Run]] = {}
     for read in vector_reads(program):
         at = _place_of(read)
@@ -139,7 +142,7 @@ def _part(program: Attention, queries: Run, keys: Run, kept: Expr) -> Part:
         for place, run in (cuts[decl.name],)
     )
     axes = replace(program.axes, q_idx=Const(queries[1]), kv_idx=Const(keys[1]))
-    return Part(queries, keys, replace(program, axes=axes, tensors=tensors, keep=Keep(kept, program.keep.empty)), cuts)
+    return Part(queries, keys, replace(program, axes=axes, tensors=tensors, keep=keep), cuts)
 
 
 def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 import attncompiler
 from attncompiler import masks
 from attncompiler.dsl.attention import declare
+from attncompiler.ir.program import Empty, Keep
 from attncompiler.masks import Mask
-from attncompiler.runtime import parted, row_kernels
+from attncompiler.runtime import lowering, parted, row_kernels
 
 _DISC, _WINDOW, _VIDEO = masks.disc((16, 24), 5), masks.grid((16, 24), 5), masks.grid((4, 8, 12), 3)
 CASES: dict[str, tuple[Mask, int, int]] = {
@@ -110,6 +112,24 @@ def _check_half(mask: Mask, m: int, n: int, dtype: torch.dtype, kv_heads: int, d
     for one, other, right, twice in zip(ours, eager, exact, again, strict=True):
         assert (one - right).norm() <= 2 * (other - right).norm()
         assert torch.equal(one, twice)
+
+
+@pytest.mark.usefixtures("always")
+def test_queries_that_keep_nothing_of_the_grid() -> None:
+    """Where a row without keys is NaN, those that see text alone are not."""
+    right_half = masks.where(lambda b, h, q, k: k % 24 >= 12)
+    mask = masks.segments({"text": 13, "image": 384}, {("image", "image"): _WINDOW & right_half})
+    tensors = _drawn(397, 397, torch.float64)
+    kept = _kept(mask, 397, 397)
+    assert not bool(kept[..., 13:, 13:].any(-1).all())
+    declared = declare(*tensors[:3], keep=mask).program
+    program = replace(declared, keep=Keep(declared.keep.predicate, Empty.NAN))
+    assert len(parted.parts_of(program)) == 3
+    o, lse, rcp = lowering.forward(program, dict(zip("qkv", tensors, strict=False)), {})
+    exact = _with_gradients(lambda *qkv: _plain(*qkv, kept), tensors, torch.float64, False)
+    torch.testing.assert_close(o, exact[0])
+    found = lowering.backward(program, dict(zip("qkv", tensors, strict=False)), {}, o, lse, rcp, tensors[3], None, frozenset("qkv"))
+    torch.testing.assert_close([found[name] for name in "qkv"], exact[1:])
 
 
 @pytest.mark.usefixtures("always")
