@@ -118,10 +118,12 @@ def _in_parts(
         return build_plan(program, {program.sum.tensor: torch.empty(0)}, sizes, forward.block_m, forward.block_n)
 
     total = functools.reduce(TileCounts.__add__, (counts(*each) for each in found))
+    total = replace(total, rows=b * h * -(-m // forward.block_m))  # some parts have rows of the same queries
     if kept_pairs is None:
         of_parts = [shown.light.kept_pairs if shown.light else None for _, shown in found]
         kept_pairs = None if None in of_parts else sum(filter(None, of_parts))
-    light = speed_of_light(total, kept_pairs, (b, h, m, n, _channels(program)), target, _element(program))
+    shape, boxes = (b, h, m, n, _channels(program)), boxes_of(forward.tiles)
+    light = speed_of_light(total, kept_pairs, shape, target, _element(program), boxes)
     light = replace(light, predicted_ms=sum(shown.light.predicted_ms for _, shown in found if shown.light))  # one after another
     density = light.visited_tiles * forward.block_m * forward.block_n / (b * h * m * n)
     runs = ", ".join(f"{q} queries by {k} keys" for part in parts for (_, q), (_, k) in ((part.queries, part.keys),))
