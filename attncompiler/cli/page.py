@@ -46,6 +46,6 @@ def _legend(preview: Preview) -> str:
     keys = "".join(f"<span style='background:{COLOURS[c]}'></span>{text}" for c, text in names.items())
     forward, light = preview.schedule.forward, preview.light
     size = f"{forward.block_m} queries by {forward.block_n} keys a tile"
-    if light is not None and light.boxes:
+    if light is not None and light.boxes and not preview.parts:  # parts are drawn as one, in runs of tokens
         size += f", boxes of {boxes_text(light.boxes)}, drawn box after box"
     return f"<p class='legend'>{keys}</p><p>{size}; {100 * preview.density:.3g} % visited</p>"
