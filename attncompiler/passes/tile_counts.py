@@ -52,12 +52,8 @@ class TileCounts:
     def __add__(self, other: TileCounts) -> TileCounts:
         """Of both, in tiles of one size."""
         assert (self.block_q, self.block_kv) == (other.block_q, other.block_kv)
-        rows, visited, full = (one + two for one, two in zip(self._sums, other._sums, strict=True))
-        return replace(self, rows=rows, visited=visited, full=full, worst=max(self.worst, other.worst))
-
-    @property
-    def _sums(self) -> tuple[int, int, int]:
-        return self.rows, self.visited, self.full
+        visited, full = self.visited + other.visited, self.full + other.full
+        return replace(self, rows=self.rows + other.rows, visited=visited, full=full, worst=max(self.worst, other.worst))
 
     def times(self, copies: int) -> TileCounts:
         """Of so many heads that are alike."""
