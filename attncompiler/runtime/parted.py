@@ -8,6 +8,7 @@ whole: gradients are sums over parts.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -178,8 +179,8 @@ def backward(
     parts: tuple[Part, ...], run: Backward, operands: Mapping[str, Tensor], sizes: Mapping[str, int],
     o: Tensor, lse: Tensor, rcp: Tensor, grad_o: Tensor, grad_lse: Tensor | None, wanted: frozenset[str],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Gradients of the operands in `wanted`; `run` is the backward of a part. Of what several parts read they are summed in float32."""
-    found: dict[tuple[str, Run], list[Tensor]] = {}
+    """Gradients of the operands in `wanted`; `run` is the backward of a part. What several parts give is summed in float32."""
+    found: dict[str, list[tuple[Run, Tensor]]] = {name: [] for name in wanted}
     for part in parts:
         of_queries = [tensor if tensor is None else tensor.narrow(2, *part.queries) for tensor in (o, lse, grad_o, grad_lse)]
         given_o, given_lse, given_grad, given_grad_lse = of_queries
@@ -187,14 +188,42 @@ def backward(
         given = part.operands(operands)
         made = run(part.program, given, sizes, given_o, given_lse.contiguous(), rcp, given_grad, given_grad_lse, wanted)
         for name in wanted:
-            found.setdefault((name, part.cuts[name][1]), []).append(made[name])
+            found[name].append((part.cuts[name][1], made[name]))
     places = {name: place for part in parts for name, (place, _) in part.cuts.items()}
-    gradients = {}
-    for name in wanted:
-        wide = torch.promote_types(operands[name].dtype, torch.float32)
-        total = torch.zeros(operands[name].shape, dtype=wide, device=o.device)
-        for (of, run_of), terms in found.items():
-            for term in terms if of == name else ():
-                total.narrow(places[name], *run_of).add_(term)
-        gradients[name] = total.to(operands[name].dtype)
-    return gradients
+    return {name: _summed(terms, operands[name], places[name]) for name, terms in found.items()}
+
+
+def _summed(terms: list[tuple[Run, Tensor]], operand: Tensor, place: int) -> Tensor:
+    """The gradient of an operand from those of runs along its dimension `place`."""
+    total = torch.empty(operand.shape, dtype=operand.dtype, device=operand.device)
+    cuts = sorted({0, operand.shape[place], *(end for (start, length), _ in terms for end in (start, start + length))})
+    for start, end in itertools.pairwise(cuts):
+        of_piece = [
+            term.narrow(place, start - first, end - start) for (first, length), term in terms if first <= start < first + length
+        ]
+        _sum_into(total.narrow(place, start, end - start), of_piece, place)
+    return total
+
+
+def _sum_into(out: Tensor, terms: list[Tensor], place: int) -> None:
+    if not terms:
+        out.zero_()
+    elif len(terms) == 1:
+        out.copy_(terms[0])
+    else:
+        *others, last = terms
+        first = others[0]
+        if len(others) > 1:
+            first = torch.empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
+            _sum_into(first, others, place)
+        _add_into(out, first, last, place)
+
+
+def _add_into(out: Tensor, first: Tensor, second: Tensor, place: int) -> None:
+    tensors = out, first, second
+    if out.is_cuda and out.dim() <= 4 and all(tensor.stride(-1) == 1 for tensor in tensors):
+        rows = (tensor.movedim(place, -2) for tensor in tensors)
+        row_kernels.add_rows_into(*(x[(None,) * (4 - x.dim())] for x in rows))
+        return
+    wide = torch.promote_types(out.dtype, torch.float32)
+    out.copy_(first.to(wide) + second)

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""The kernels of rows by list and of rows in parts, for a GPU: each moves every row once. rows.py and parted.py have in torch what they
+"""The kernels of rows by list and of rows in parts, for a GPU. rows.py and parted.py have in torch what they
 compute."""
 
 from __future__ import annotations
@@ -253,3 +253,34 @@ def join_rows_into(out: Tensor, lse: Tensor, first: tuple[Tensor, Tensor], secon
         strides = {**_strides("f", x.stride()[:3]), **_strides("s", y.stride()[:3]), **_strides("o", out.stride()[:3])}
         constants = {"H": h, "M": m, "D": d, **strides, **_strides("l", lse.stride()[:2])}
         run(_join_rows, (-(-m // ROWS), b * h), tensors, {**constants, **tile_of(d)})
+
+
+@triton.jit
+def _add_rows(First, Second, Out, H, M, D, f_b, f_h, f_m, s_b, s_h, s_m, o_b, o_h, o_m,
+              ROWS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    channels = tl.arange(0, CHANNELS)[None, :]
+    there = (row < M) & (channels < D)
+    row = row.to(tl.int64)
+    x = _wide(tl.load(First + b * f_b + h * f_h + row * f_m + channels, mask=there))
+    y = _wide(tl.load(Second + b * s_b + h * s_h + row * s_m + channels, mask=there))
+    tl.store(Out + b * o_b + h * o_h + row * o_m + channels, (x + y).to(Out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _wide(x):
+    if x.dtype.primitive_bitwidth < 32:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+def add_rows_into(out: Tensor, first: Tensor, second: Tensor) -> None:
+    """The sum of two tensors [b, h, rows, D] into `out`, in float32 where they are narrower; dense channels, any strides else."""
+    b, h, m, d = out.shape
+    if out.numel():
+        tensors = {"First": first, "Second": second, "Out": out}
+        strides = {**_strides("f", first.stride()[:3]), **_strides("s", second.stride()[:3]), **_strides("o", out.stride()[:3])}
+        run(_add_rows, (-(-m // ROWS), b * h), tensors, {"H": h, "M": m, "D": d, **strides, **tile_of(d)})

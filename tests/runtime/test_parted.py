@@ -189,3 +189,20 @@ def test_the_kernel_that_joins_rows(dtype: torch.dtype) -> None:
     parted._join_into(*made[1], (x, x_lse), (y, y_lse))
     torch.testing.assert_close(made[0], made[1])
     assert not made[0][0].isnan().any() and bool(made[0][0][..., ::12, :].eq(0).all())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_kernel_that_adds_rows(dtype: torch.dtype) -> None:
+    """Three terms, one of a slice, of rows that lie behind the heads; narrow types are summed in float32."""
+    torch.manual_seed(0)
+    out = torch.full((2, 160, 3, 24), torch.nan, dtype=dtype)
+    terms = [torch.randn(2, rows, 3, 24).to(dtype) for rows in (150, 150, 160)]
+    exact = (terms[0].double() + terms[1].double() + terms[2].double()[:, 7:157]).to(dtype)
+    first = torch.empty(2, 150, 3, 24, dtype=torch.promote_types(dtype, torch.float32))
+    row_kernels.add_rows_into(*(x.transpose(1, 2) for x in (first, *terms[:2])))
+    row_kernels.add_rows_into(*(x.transpose(1, 2) for x in (out.narrow(1, 5, 150), first, terms[2].narrow(1, 7, 150))))
+    torch.testing.assert_close(
+        out[:, 5:155], exact, rtol=0 if dtype == torch.float16 else 1e-15, atol=1e-3 if dtype == torch.float16 else 1e-15
+    )
+    assert bool(out[:, :5].isnan().all()) and bool(out[:, 155:].isnan().all())
