@@ -203,7 +203,7 @@ def _scores(e: Emission, loaded: dict[Expr, str], read: Read | None) -> tuple[st
         names.loaded[read] = "brought"
         names.lines.append(read_brought(_OF_TWO_PASSES))
     score, masked_scale = e.score(True, names)
-    mask = kept_scores(e, names, KERNEL)
+    mask = kept_scores(e, names, KERNEL, "keys")
     if masked_scale != scale:
         full, score, scale = f"({full}){scale}", f"({score}){masked_scale}", ""
     masked = [*names.lines[len(reads) :], f"scores = {score}", *([mask] if mask else [])]

@@ -275,7 +275,7 @@ class _Side:
     def _weights(self, names: Names, masked: bool) -> str:
         """What makes the weights of a tile from its products."""
         score, scale = self.e.score(masked, names)
-        mask = kept_scores(self.e, names, self.kernel) if masked else ""
+        mask = kept_scores(self.e, names, self.kernel, "within") if masked else ""
         scores = "\n".join(filter(None, [f"scores = {score}", mask]))
         return fill(hopper_backward.WEIGHTS, scores=scores, scale=scale, along=self.along)
 

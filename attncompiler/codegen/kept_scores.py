@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attncompiler.codegen.emission import Emission
+from attncompiler.codegen.kept_bits import Columns, bit, bits, is_int32
 from attncompiler.codegen.positions import Window
 from attncompiler.codegen.triton_expr import Names, triton
-from attncompiler.ir.expr import KV_IDX, TRUE, Apply, Axis, Const, Expr, Read, conj, conjuncts, sub, walk, with_axis_alone
-from attncompiler.ir.program import Dtype, Empty
+from attncompiler.ir.expr import KV_IDX, Q_IDX, TRUE, Apply, Axis, Expr, Size, conj, conjuncts, sub, walk, with_axis_alone
+from attncompiler.ir.program import Empty
 from attncompiler.passes.grid import grid_rule
 from attncompiler.passes.plan import keeps_only_keys
 
@@ -39,49 +40,90 @@ class _Comparison:
 
     def assembly(self, place: int) -> str:
         """The test as the `place`-th of several, all of which p then says."""
-        joined, rest = (".and", ", p") if place else ("", "")
         kind = "s32" if self.signed else "u32"
-        return f"setp.{self.op}{joined}.{kind} p, ${2 * place + 1}, ${2 * place + 2}{rest};"
+        return _joined(place, f"setp.{self.op}", kind, f"${2 * place + 1}, ${2 * place + 2}")
 
 
-def kept_scores(e: Emission, names: Names, kernel: str) -> str:
-    """Lines that change `scores`, the tile of one kernel; "" where nothing of it can lie outside."""
+@dataclass(frozen=True)
+class _BitTest:
+    """Whether `left`, a word, has the bit `right`."""
+
+    left: str
+    right: str
+
+    def assembly(self, place: int) -> str:
+        return f"and.b32 t, ${2 * place + 1}, ${2 * place + 2}; {_joined(place, 'setp.ne', 'b32', 't, 0')}"
+
+
+def _joined(place: int, op: str, kind: str, sides: str) -> str:
+    joined, rest = (".and", ", p") if place else ("", "")
+    return f"{op}{joined}.{kind} p, {sides}{rest};"
+
+
+def kept_scores(e: Emission, names: Names, kernel: str, within: str = "") -> str:
+    """Lines that change `scores`, the tile of one kernel; "" where nothing of it can lie outside. `within`: the variable that counts
+    the columns of a tile, in kernels with warp roles."""
     windows: Sequence[Window] = ()
-    if e.schedule.of(kernel).tiles:
+    in_boxes = bool(e.schedule.of(kernel).tiles)
+    if in_boxes:
         windows, parts, end = _in_grid(e, names, kernel)
     else:
         parts, end = _in_a_row(e, kernel)
-    in_assembly = e.has_warp_roles(kernel)
-    comparisons, others = [], []
+    if end:
+        parts = (*parts, Apply("lt", (KV_IDX, Size("N"))))
+    if not e.has_warp_roles(kernel):
+        return _where([*(window.text for window in windows), *(triton(part, names) for part in parts)])
+    found: list[_Comparison | _BitTest] = []
+    if not in_boxes:
+        parts, found = _as_bits(e, names, kernel, parts, within)
+    others = []
     for part in parts:
-        if in_assembly and _is_comparison(part, e):
+        if _is_comparison(part, e):
             assert isinstance(part, Apply)
             left, right = (triton(arg, names) for arg in part.args)
-            comparisons.append(_Comparison(left, part.op, right))
+            found.append(_Comparison(left, part.op, right))
         else:
             others.append(triton(part, names))
-    if end:
-        comparisons.append(_Comparison(names.axis("kv_idx"), "lt", "N"))
-    if not in_assembly:
-        tests = [*(window.text for window in windows), *others, *(comparison.text for comparison in comparisons)]
-        return _where(tests)
-    comparisons += _in_one(windows)
-    return "\n".join(filter(None, [_where(others), _selected(comparisons)]))
+    return "\n".join(filter(None, [_where(others), _selected([*found, *_in_one(windows)])]))
+
+
+def _as_bits(
+    e: Emission, names: Names, kernel: str, parts: Sequence[Expr], within: str
+) -> tuple[Sequence[Expr], list[_Comparison | _BitTest]]:
+    """The parts that are left, and those that are bits of one word."""
+    schedule = e.schedule.of(kernel)
+    axis, width = (Q_IDX, schedule.block_m) if names.transposed else (KV_IDX, schedule.block_n)
+    columns = Columns(axis, f"{axis.name.removesuffix('_idx')}_start", f"{within}{names.along(axis.name)}", width)
+    words, rest, are_comparisons = [], [], True
+    for part in parts:
+        test = columns.alike(with_axis_alone(part, axis))
+        word = bits(test, columns, names, e)
+        if word is None:
+            rest.append(part)
+        else:
+            words.append(word)
+            are_comparisons &= _is_comparison(part, e)
+    beside_others = any(_is_comparison(part, e) for part in rest)
+    in_backward = kernel != "attention_forward"  # which does not wait for instructions, and has no register to spare
+    if not words or (are_comparisons and (in_backward or (len(words) == 1 and beside_others))):
+        return parts, []
+    return rest, [_BitTest(" & ".join(words), bit(columns, names))]
 
 
 def _where(tests: Sequence[str]) -> str:
     return f'scores = tl.where({" & ".join(tests)}, scores, float("-inf"))' if tests else ""
 
 
-def _selected(comparisons: Sequence[_Comparison]) -> str:
-    """The scores where all comparisons hold."""
-    if not comparisons:
+def _selected(tests: Sequence[_Comparison | _BitTest]) -> str:
+    """The scores where all tests hold."""
+    if not tests:
         return ""
-    count = 2 * len(comparisons)
-    tests = " ".join(comparison.assembly(place) for place, comparison in enumerate(comparisons))
-    assembly = f"{{ .reg .pred p; {tests} selp.f32 $0, ${count + 1}, 0fFF800000, p; }}"
+    count = 2 * len(tests)
+    found = " ".join(test.assembly(place) for place, test in enumerate(tests))
+    word = " .reg .b32 t;" if any(isinstance(test, _BitTest) for test in tests) else ""
+    assembly = f"{{ .reg .pred p;{word} {found} selp.f32 $0, ${count + 1}, 0fFF800000, p; }}"
     constraints = ",".join(["=f", *["r"] * count, "f"])
-    sides = ", ".join(side for comparison in comparisons for side in (comparison.left, comparison.right))
+    sides = ", ".join(side for test in tests for side in (test.left, test.right))
     return (
         f'scores = tl.inline_asm_elementwise("{assembly}", "{constraints}", [{sides}, scores], dtype=tl.float32, '
         "is_pure=True, pack=1)"
@@ -142,19 +184,6 @@ def _places(expr: Expr) -> frozenset[str]:
     return frozenset(node.name.rpartition("_")[2] for node in walk(expr) if isinstance(node, Axis))
 
 
-_INTEGER = {"add", "sub", "mul", "neg", "minimum", "maximum", "abs", "floordiv", "mod"}
-
-
 def _is_comparison(part: Expr, e: Emission) -> bool:
     """True for a comparison of what kernels compute in 32-bit integers."""
-    return isinstance(part, Apply) and part.op in _ORDERS and all(_is_int32(arg, e) for arg in part.args)
-
-
-def _is_int32(expr: Expr, e: Emission) -> bool:
-    if isinstance(expr, Const):
-        return isinstance(expr.value, int) and not isinstance(expr.value, bool) and abs(expr.value) < 1 << 31
-    if isinstance(expr, Read):
-        return e.program.decls[expr.tensor].dtype is Dtype.I32
-    if isinstance(expr, Apply):
-        return expr.op in _INTEGER and all(_is_int32(arg, e) for arg in expr.args)
-    return isinstance(expr, Axis)
+    return isinstance(part, Apply) and part.op in _ORDERS and all(is_int32(arg, e) for arg in part.args)

@@ -248,6 +248,22 @@ def add_apart(x, y):
     """x + y; as a plain sum Triton would make the accumulator x the head of the chain of multiply-adds that y is."""
     return tl.sum(tl.join(x, y), 2)
 ''',
+    "bits_before": '''
+@triton.jit
+def bits_before(end, start, within, WIDTH: tl.constexpr, END_COUNTS: tl.constexpr):
+    """A bit for each column of a thread that lies before `end`, or up to it, from the two of every eight that `within` is one of.
+    Held to the tile first: `end` may be any number."""
+    end = tl.minimum(tl.maximum(end, start - END_COUNTS), start + (WIDTH - END_COUNTS)) - start + END_COUNTS
+    end = tl.maximum(end - (within & 6), 0)
+    count = (end >> 3) * 2 + tl.minimum(end & 7, 2)
+    return tl.inline_asm_elementwise("bmsk.clamp.b32 $0, 0, $1;", "=r,r", [count], dtype=tl.int32, is_pure=True, pack=1)
+''',
+    "bit_of": '''
+@triton.jit
+def bit_of(within):
+    """The bit of a column among those of its thread."""
+    return 1 << ((within >> 3) * 2 + (within & 1))
+''',
     "dot_in_parts": '''
 @triton.jit
 def dot_in_parts(a_rows, a_inside, stride_a, b_rows, b_inside, stride_b, SIZE: tl.constexpr):
