@@ -28,6 +28,8 @@ from attncompiler.passes.grid import split_axis
 from attncompiler.passes.plan import score_where_kept
 from attncompiler.tuning.schedule import Schedule, heads_cached
 
+PANEL = 64  # channels that lie beside each other in the shared memory of kernels with warp roles: 128 bytes
+
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 512
 _IN_TURN = 8  # heads whose rows are taken by turns, at most (docs/performance.md: "Who takes which row")
@@ -170,11 +172,15 @@ class Emission:
         by_list = kernel == "attention_forward" and self.layout.by_list is not None
         if name not in sizes or (by_list and name in ("O", pointer_name(self.lefts()[0].name))):
             return None
+        schedule = self.schedule.of(kernel)
         queries, keys = (self.box(kernel, axis) for axis in (Q_IDX, KV_IDX))
         box = queries if name in lefts else keys
         if self.has_warp_roles(kernel) and (name in lefts) != (kernel == "attention_backward_keys"):
             box = halved(box)  # each of the two groups has its own rows
-        return ((1, 1) if len(box) < 3 else (1,)) + (*box, sizes[name])
+        channels = sizes[name]
+        if schedule.pairs and name not in lefts:  # half of a tile in shared memory is a run of each of its panels
+            channels = min(channels, PANEL)
+        return ((1, 1) if len(box) < 3 else (1,)) + (*box, channels)
 
     def box(self, kernel: str, axis: Axis) -> tuple[int, ...]:
         """The shape of a tile along the axes of tokens."""

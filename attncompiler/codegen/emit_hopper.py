@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attncompiler.codegen.emission import Emission, corner, halved, parameters_of, vector_reads
+from attncompiler.codegen.emission import PANEL, Emission, Vector, corner, halved, parameters_of, vector_reads
 from attncompiler.codegen.hopper import (
     bring,
     brought,
@@ -36,6 +36,11 @@ _LOAD = """
 {after}
 slot, phase = _load_tile({K}, {V}, rings, barriers, operands, (b, h, tile, masked, after{origin_names}), slot, phase)
 """
+_LOAD_PAIR = """
+{ends_soon}
+{after}
+waiting, slot, phase = _load_pair({K}, {V}, rings, barriers, operands, (b, h, tile, masked, after), waiting, slot, phase)
+"""
 
 
 def hopper_forward_source(e: Emission) -> str:
@@ -58,8 +63,6 @@ def hopper_forward_source(e: Emission) -> str:
         ]
     parameters = parameters_of(e, "forward")
     queries, moving = e.positions(KERNEL)
-    key_positions = moving.lines("tile", "kv_start", "keys")
-    key_positions = key_positions if moving.tiles else f"kv_start = tile * BLOCK_N\n{key_positions}"
     q_tiles = str(queries.tiles.row_tiles) if queries.tiles else "gl.cdiv(M, BLOCK_M)"
     row = row_holes(e, KERNEL, "q_tile", q_tiles)
     pointers = {name: pointer_name(vector.name) for name, vector in (("Q", q), ("K", k), ("V", v))}
@@ -68,7 +71,7 @@ def hopper_forward_source(e: Emission) -> str:
     operands = ", ".join(passed_on(e, KERNEL))
     loads = fill(
         hopper_forward.LOADS,
-        every_tile=every_tile(fill(_LOAD, **pointers, **row)),
+        every_tile=_loop_of_loads(e, {**pointers, **row}),
         query_corner=queries.corner("q_tile"),
         load_queries=ways["load_queries"],
         operands=operands,
@@ -76,11 +79,13 @@ def hopper_forward_source(e: Emission) -> str:
         **{**row, "first_words": row["first_words_of_a_warp"]},
     )
     schedule = e.schedule.forward
-    of_tile = {"read_label": fill(hopper_rows.READ_LABEL, label_at=_OF_TWO_PASSES), "key_positions": key_positions}
+    width = schedule.block_n * (1 + schedule.pairs)
+    of_tile = _label_and_positions(e, moving)
     text = fill(
         hopper_forward.KERNEL,
+        load_tile=_load_tile(e, k, v, {**pointers, **row, "operands": operands}, _copies(e, read, moving)),
         loads=f"{loads}\n{row['telling_warp']}",
-        of_queries=".load(gl.DotOperandLayout(0, SCORES, 2))" if schedule.block_n <= _NARROW else "",
+        of_queries=".load(gl.DotOperandLayout(0, SCORES, 2))" if width <= _NARROW else "",
         row_readers=str(3 + (e.layout.by_list is not None)),
         **ways,
         parameters=signature(["B", *(name for name in parameters if not name.startswith("BLOCK_"))]),
@@ -95,11 +100,9 @@ def hopper_forward_source(e: Emission) -> str:
         denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.zero_if_empty else "l_i",
         **of_tile,
         query_positions=queries.lines("q_tile", "q_tile * BLOCK_M", "(GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES)))"),
-        key_corner=moving.corner("tile"),
-        k_at=corner(head_of(k), k.group, moving.at("tile * BLOCK_N")),
-        v_at=corner(head_of(v), v.group, moving.at("tile * BLOCK_N")),
         q_box=listed((*((1, 1) if len(q_tile) < 3 else (1,)), *q_tile, q.size)),
-        k_box=listed(e.descriptor_block(KERNEL, pointers["K"])),
+        k_box=listed((1, 1, width, k.size) if schedule.pairs else e.descriptor_block(KERNEL, pointers["K"])),
+        label_words="4" if schedule.pairs else "2",
         ln2=repr(math.log(2)),
         **pointers,
         **row,
@@ -108,13 +111,56 @@ def hopper_forward_source(e: Emission) -> str:
         text,
         {
             "BLOCK_M": schedule.block_m,
-            "BLOCK_N": schedule.block_n,
+            "BLOCK_N": width,
             "{stages}": schedule.num_stages,
             "{messages}": row["messages"],
             "{d}": q.size,
             "{dtype}": element_type(e),
         },
     )
+
+
+def _loop_of_loads(e: Emission, holes: dict[str, str]) -> str:
+    """The loop of the loading warp over the tiles of a row."""
+    if e.schedule.forward.pairs:
+        return f"waiting = -1\n{every_tile(fill(_LOAD_PAIR, **holes))}"
+    return every_tile(fill(_LOAD, **holes))
+
+
+def _load_tile(e: Emission, k: Vector, v: Vector, holes: dict[str, str], copies: dict[str, str]) -> str:
+    """The function that loads a tile of keys and one of values, or two of each as one."""
+    schedule, (_, moving) = e.schedule.forward, e.positions(KERNEL)
+    if schedule.pairs:
+        return fill(
+            hopper_forward.LOAD_PAIR,
+            k_head=head_of(k),
+            v_head=head_of(v),
+            half=str(schedule.block_n),
+            panel=str(min(PANEL, k.size)),
+            whole_bytes=str(2 * schedule.block_n * k.size * 2),  # of two halves, two bytes a number
+            **holes,
+        )
+    return fill(
+        hopper_forward.LOAD_TILE,
+        key_corner=moving.corner("tile"),
+        k_at=corner(head_of(k), k.group, moving.at("tile * BLOCK_N")),
+        v_at=corner(head_of(v), v.group, moving.at("tile * BLOCK_N")),
+        **copies,
+        **holes,
+    )
+
+
+def _label_and_positions(e: Emission, moving: TilePositions) -> dict[str, str]:
+    """How a group reads what a tile is, and where its keys lie."""
+    if e.schedule.forward.pairs:
+        at = f"({_OF_TWO_PASSES}) * 2"
+        positions = fill(hopper_forward.PAIR_POSITIONS, label_at=at, half=str(e.schedule.forward.block_n))
+        return {"read_label": fill(hopper_rows.READ_LABEL, label_at=at), "key_positions": positions}
+    positions = moving.lines("tile", "kv_start", "keys")
+    return {
+        "read_label": fill(hopper_rows.READ_LABEL, label_at=_OF_TWO_PASSES),
+        "key_positions": positions if moving.tiles else f"kv_start = tile * BLOCK_N\n{positions}",
+    }
 
 
 def _every_tile(e: Emission, masked: str, full: str, holes: dict[str, str]) -> str:
@@ -196,7 +242,7 @@ def _scores(e: Emission, loaded: dict[Expr, str], read: Read | None) -> tuple[st
     units. What only the mask reads, masked tiles read, `read` from shared memory."""
     names = e.names(KERNEL, frozenset({"q_idx"} | (set() if e.whole_key_tiles(KERNEL) else {"kv_idx"})))
     names.loaded = dict(loaded)
-    names.tiles = {} if e.schedule.forward.tiles else {"kv_idx": ("kv_start", "keys")}
+    names.tiles = {} if e.schedule.forward.tiles or e.schedule.forward.pairs else {"kv_idx": ("kv_start", "keys")}
     full, scale = e.score(False, names)
     reads = list(names.lines)
     if read is not None:

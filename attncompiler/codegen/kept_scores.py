@@ -88,26 +88,32 @@ def kept_scores(e: Emission, names: Names, kernel: str, within: str = "") -> str
 
 
 def _as_bits(
-    e: Emission, names: Names, kernel: str, parts: Sequence[Expr], within: str
-) -> tuple[Sequence[Expr], list[_Comparison | _BitTest]]:
+    e: Emission, names: Names, kernel: str, parts: tuple[Expr, ...], within: str
+) -> tuple[tuple[Expr, ...], list[_Comparison | _BitTest]]:
     """The parts that are left, and those that are bits of one word."""
-    schedule = e.schedule.of(kernel)
+    schedule, along = e.schedule.of(kernel), f"{within}{names.along('q_idx' if names.transposed else 'kv_idx')}"
     axis, width = (Q_IDX, schedule.block_m) if names.transposed else (KV_IDX, schedule.block_n)
-    columns = Columns(axis, f"{axis.name.removesuffix('_idx')}_start", f"{within}{names.along(axis.name)}", width)
-    words, rest, are_comparisons = [], [], True
+    starts = [f"{axis.name.removesuffix('_idx')}_start", *(["second_start"] if schedule.pairs else [])]
+    tiles = [Columns(axis, start, along, width) for start in starts]
+    found: list[list[str]] = []
+    rest, are_comparisons = [], True
     for part in parts:
-        test = columns.alike(with_axis_alone(part, axis))
-        word = bits(test, columns, names, e)
-        if word is None:
+        of_part = [bits(columns.alike(with_axis_alone(part, axis)), columns, names, e) for columns in tiles]
+        if None in of_part:
             rest.append(part)
         else:
-            words.append(word)
+            found.append([word or "" for word in of_part])
             are_comparisons &= _is_comparison(part, e)
+    words = [" & ".join(of_tile) for of_tile in zip(*found, strict=True)]
+    if schedule.pairs:
+        first, second = words or ("-1", "-1")
+        word = f"(({first}) & {(1 << width // 4) - 1}) | (tl.where(second >= 0, {second}, 0) << {width // 4})"
+        return tuple(rest), [_BitTest(word, bit(tiles[0], names))]
     beside_others = any(_is_comparison(part, e) for part in rest)
     in_backward = kernel != "attention_forward"  # which does not wait for instructions, and has no register to spare
-    if not words or (are_comparisons and (in_backward or (len(words) == 1 and beside_others))):
+    if not words or (are_comparisons and (in_backward or (len(found) == 1 and beside_others))):
         return parts, []
-    return rest, [_BitTest(" & ".join(words), bit(columns, names))]
+    return tuple(rest), [_BitTest(words[0], bit(tiles[0], names))]
 
 
 def _where(tests: Sequence[str]) -> str:

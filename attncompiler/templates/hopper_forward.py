@@ -8,13 +8,7 @@ next that no other has taken. Tiles that are boxes of a grid come through descri
 where the box of its keys begins. Where queries come and outputs go by list, a second warp brings queries (hopper_by_list.py).
 """
 
-KERNEL = '''
-@gluon.jit
-def _row_sums(p):
-    """What each thread holds of a row; summed across threads only at the end."""
-    return gl.sum(p.reshape([64, BLOCK_N // 8, 8]), 1)
-
-
+LOAD_TILE = """
 @gluon.jit
 def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
     b, h, tile, masked, after{origin_names} = at
@@ -33,6 +27,64 @@ def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
     mbarrier.expect(v_ready.index(slot), {V}.block_type.nbytes)
     tma.async_copy_global_to_shared({V}, [{v_at}, 0], v_ready.index(slot), v_ring.index(slot))
     return _next_slot(slot, phase, {stages})
+"""
+
+# Two tiles wait for one another; the last of a row may be alone, and is loaded twice then: what lies in shared memory is multiplied.
+LOAD_PAIR = '''
+@gluon.jit
+def _load_pair({K}, {V}, rings, barriers, operands, at, waiting, slot, phase):
+    b, h, tile, masked, after{origin_names} = at
+    ({operands}) = operands
+    k_ring, v_ring, labels, brought_ring = rings
+    k_ready, k_free, v_ready, v_free = barriers
+    kind = masked.to(gl.int32)
+    alone = (waiting < 0) & (after == 0)
+    is_whole = (waiting >= 0) | alone
+    if is_whole:
+        first = gl.where(alone, tile, waiting >> 1)
+        mbarrier.wait(k_free.index(slot), phase ^ 1)
+        mbarrier.expect(k_ready.index(slot), {whole_bytes})
+        _load_halves({K}, b, {k_head}, first, tile, k_ready.index(slot), k_ring.index(slot))
+        _label(first, alone | ((kind | (waiting & 1)) > 0), 3, after, labels.index((slot + phase * {stages}) * 2))
+        _label_second(gl.where(alone, -1, tile), labels.index((slot + phase * {stages}) * 2 + 1))
+        mbarrier.arrive(k_ready.index(slot))
+        mbarrier.wait(v_free.index(slot), phase ^ 1)
+        mbarrier.expect(v_ready.index(slot), {whole_bytes})
+        _load_halves({V}, b, {v_head}, first, tile, v_ready.index(slot), v_ring.index(slot))
+        slot, phase = _next_slot(slot, phase, {stages})
+    return gl.where(is_whole, -1, tile * 2 + kind), slot, phase
+
+
+@gluon.jit
+def _label_second(tile, label):
+    """The number of the second tile of a pair, -1 for none."""
+    label.store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _load_halves(x, b, head, first, second, ready, place):
+    halves = place.slice(0, {half}, 2), place.slice({half}, {half}, 2)
+    for channel in gl.static_range(0, {d}, {panel}):
+        tma.async_copy_global_to_shared(x, [b, head, first * {half}, channel], ready, halves[0].slice(channel, {panel}, 3))
+        tma.async_copy_global_to_shared(x, [b, head, second * {half}, channel], ready, halves[1].slice(channel, {panel}, 3))
+'''
+
+# Where the keys of a pair lie. Where there is no second tile its place has the first again, and the mask leaves it out.
+PAIR_POSITIONS = """
+second = gl.sum(labels.index({label_at} + 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+kv_start = tile * {half}
+second_start = second * {half}
+kv_idx = gl.where(keys < {half}, kv_start + keys, second_start + (keys - {half}))
+"""
+
+KERNEL = '''
+@gluon.jit
+def _row_sums(p):
+    """What each thread holds of a row; summed across threads only at the end."""
+    return gl.sum(p.reshape([64, BLOCK_N // 8, 8]), 1)
+
+
+{load_tile}
 
 
 {loads}
@@ -108,7 +160,7 @@ def attention_forward({parameters}):
     k_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {K}.layout)
     v_ring = gl.allocate_shared_memory({dtype}, [{stages}, {k_box}], {V}.layout)
     {brought_ring}
-    labels = gl.allocate_shared_memory(gl.int32, [2 * {stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    labels = gl.allocate_shared_memory(gl.int32, [{label_words} * {stages}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     {list_buffers}

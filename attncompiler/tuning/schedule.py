@@ -19,8 +19,9 @@ from attncompiler.tuning.target import Target
 
 @dataclass(frozen=True, slots=True)
 class KernelSchedule:
-    """One kernel: BLOCK_M queries by BLOCK_N keys a tile; `tiles` says how they lie in a grid, if they do. `apart`: the forward with
-    warp roles has a loop for full tiles alone."""
+    """One kernel: BLOCK_M queries by BLOCK_N keys a tile; `tiles` says how they lie in a grid, if they do. Of the forward
+    with warp roles, `apart`: it has a loop for full tiles alone; `pairs`: two tiles of keys, which need not be neighbours, are computed as
+    one of twice the width."""
 
     block_m: int
     block_n: int
@@ -28,6 +29,7 @@ class KernelSchedule:
     num_stages: int
     tiles: GridTiles = ROWS
     apart: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,13 @@ def for_mask(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -
         narrow = in_boxes(replace(schedule, forward=_NARROW), program, sizes)
         narrow_full, narrow_partial, _ = _tiles(narrow.forward, program, sizes)
         if _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + PARTIAL * partial):
+            if not narrow.forward.tiles:
+                return replace(narrow, forward=_PAIRS)
             boxed, full = narrow, narrow_full
     return replace(boxed, forward=replace(boxed.forward, apart=full > _APART * rows))
 
 
-_NARROW = KernelSchedule(128, 64, 4, 4)
+_NARROW, _PAIRS = KernelSchedule(128, 64, 4, 4), KernelSchedule(128, 64, 4, 2, pairs=True)
 # Times of tiles in those of a full one of 128 keys, and what a guess must win by. Source: docs/performance.md.
 _NARROW_FULL, _NARROW_PARTIAL, _NARROW_WINS = 0.6, 0.7, 0.92
 # A second loop saves 65 cycles a full tile, and costs a row some 1300: its instructions are no longer in the cache. Source: the same.

@@ -62,6 +62,7 @@ MASKS = {
     "window": lambda: masks.causal() & masks.window(300, 0),
     "disc": lambda: masks.disc((32, 32), 8),
     "documents": lambda: masks.causal() & masks.document(torch.arange(1024) // 100),
+    "stripes": lambda: masks.strided(64, 4, 4, heads=4),
 }
 
 
