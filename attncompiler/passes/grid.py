@@ -361,7 +361,7 @@ def _tiled(windows: _Windows, tiles: int, rows: int) -> tuple[Tensor, Tensor, Te
 
 # ---------------------------------------------------------------------------------------------------------- choosing
 
-PARTIAL = 1.45  # what a tile with a mask costs beside one without (docs/performance.md)
+PARTIAL = 1.45  # what a tile with a mask costs beside one without, where shapes are compared: of the kernels of 2026-11-24
 
 
 @functools.lru_cache(maxsize=512)

@@ -9,11 +9,11 @@ from attncompiler.passes.grid import PARTIAL, GridTiles
 from attncompiler.passes.tile_counts import Sides, TileCounts
 from attncompiler.tuning.target import Target
 
-# Of the forward kernel for Hopper, fitted to eleven masks on one H100, bf16, D128 (docs/performance.md, with what they miss): the
-# share of the peak that tiles without a mask reach, and what a row costs beside its tiles, in tiles. A third, PARTIAL, is what a
-# tile with a mask costs.
-EFFICIENCY = 0.67
-ROW = 0.55
+# Of the forward kernel for Hopper, fitted to twelve masks on one H200, bf16, D128 (docs/performance.md, with what they miss): the
+# share of the peak that tiles without a mask reach; in such tiles, what one with a mask costs, and a row beside its tiles.
+EFFICIENCY = 0.685
+MASKED = 1.14
+ROW = 0.3
 
 Boxes = tuple[Sides, Sides]  # of queries and of keys
 
@@ -61,7 +61,7 @@ def speed_of_light(
 def predicted_ms(counts: TileCounts, shape: tuple[int, int, int, int, int], target: Target, element: int = 2) -> float:
     """Of the forward: by arithmetic spread over the GPU, by the longest row on one multiprocessor, or by memory."""
     b, h, m, n, d = shape
-    work = tile_work(counts) + ROW * counts.rows
+    work = counts.full + MASKED * counts.partial + ROW * counts.rows
     longest = (counts.worst + ROW) * target.multiprocessors
     flops = 4.0 * counts.block_q * counts.block_kv * d * max(work, longest)
     keys = min(b * h * n, counts.visited * counts.block_kv)
