@@ -47,7 +47,7 @@ def _log(log, count, what: gl.constexpr, where):
 def _backward(waited: str, freed: str) -> list[tuple[str, str, int]]:
     """`waited`: the first of what the last products of a tile make; `freed`: whose place is free then."""
     return [
-        ("next message", r"words = words_of", 1),
+        ("next message", r"words = _heard\(words_of", 1),
         ("row set up, what stays there", r"after = ranges", -1),
         ("from tile to tile", r"mbarrier\.wait\(ready", -1),
         ("wait for a tile", r"mbarrier\.wait\(ready", 1),
@@ -65,7 +65,7 @@ _STEPS = {
     "keys": _backward("dv", "slot"),
     "queries": _backward("moved", r"gl\.maximum"),
     "forward": [
-        ("next message", r"words = words_of", 1),
+        ("next message", r"words = _heard\(words_of", 1),
         ("row set up, queries there", r"mbarrier\.wait\(q_ready", 1),
         ("from tile to tile", r"mbarrier\.wait\(k_ready", -1),
         ("wait for keys", r"mbarrier\.wait\(k_ready", 1),

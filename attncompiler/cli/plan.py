@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ Shape = tuple[int, int, int, int, int]  # B, H, queries, keys, D
 
 @dataclass(frozen=True)
 class _Planned:
-    """What a mask costs in tiles of some kind, and these tiles as a picture shows them. `build_ms`: as in Preview."""
+    """What a mask costs in tiles of some kind, and these tiles as a picture shows them. `build_ms`: as in Preview. `parts`: queries and
+    keys of what runs part by part, which a picture shows in runs of tokens."""
 
     light: SpeedOfLight
     drawn: Callable[[], TilePlan]
     build_ms: float
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         axes = check_neighbourhood(mask, shape)
         lattice = light.boxes if arguments.lattice not in (None, _BEST) else None
         rows = stride_rows(axes, shape, light.tile, bool(arguments.lattice), lattice, target)
-    boxes = boxes_text(light.boxes) if light.boxes else ""
+    boxes = boxes_text(light.boxes) if light.boxes and not found.parts else ""
     if arguments.svg:
         Path(arguments.svg).write_text(svg(found.drawn(), head=head, boxes=boxes))
     if arguments.png:
@@ -72,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     shown = {"mask": str(mask), "shape": list(shape), "target": arguments.target, "lattice": bool(arguments.lattice)}
     if arguments.json:
         strides = {"strides": [asdict(row) for row in rows]} if arguments.strides else {}
-        print(json.dumps({**shown, "build_ms": found.build_ms, **asdict(light), **strides}, indent=2))
+        print(json.dumps({**shown, "build_ms": found.build_ms, **asdict(light), "parts": found.parts, **strides}, indent=2))
     else:
-        print(light_text({**shown, "build_ms": found.build_ms}, light))
+        print(light_text({**shown, "build_ms": found.build_ms}, light, found.parts))
         if arguments.picture:
             print("\n" + picture(found.drawn(), head=head, boxes=boxes))
         if arguments.strides:
@@ -114,7 +116,8 @@ def _as_run(mask: Mask, shape: Shape, target: Target, kept: int | None) -> _Plan
     outlines = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in operands.items()}
     shown = preview(declared.program, {}, outlines, target, operands, kept)
     assert shown.light is not None
-    return _Planned(shown.light, shown.draw, shown.build_ms)
+    parts = tuple((part.queries[1], part.keys[1]) for part, _ in shown.parts)
+    return _Planned(shown.light, shown.draw, shown.build_ms, parts)
 
 
 def _in_tiles(mask: Mask, shape: Shape, target: Target, tile: tuple[int, ...], row_major: bool, kept: int | None) -> _Planned:
@@ -162,7 +165,7 @@ def _boxes(text: str, axes: int) -> Boxes:
     return parts[0], parts[-1]
 
 
-def light_text(before: dict[str, Any], light: SpeedOfLight) -> str:
+def light_text(before: dict[str, Any], light: SpeedOfLight, parts: Sequence[tuple[int, int]] = ()) -> str:
     """A line for each number, for people."""
     rows = {**before, **asdict(light)}
     rows["tile"] = "{} queries x {} keys".format(*light.tile)
@@ -170,6 +173,8 @@ def light_text(before: dict[str, Any], light: SpeedOfLight) -> str:
     rows["boxes"] = f"{boxes_text(light.boxes)} (queries:keys){where}" if light.boxes else "runs of tokens"
     rows["full_strides"] = strides_text(light.full_strides)
     lines = [(name.replace("_", " "), number_text(value)) for name, value in rows.items()]
+    if parts:
+        lines.append(("parts", ", ".join(f"{queries} queries by {keys} keys" for queries, keys in parts)))
     return tabulate(lines, tablefmt="plain", disable_numparse=True)
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from attncompiler.codegen.emission import Emission
 from attncompiler.codegen.triton_expr import Names, triton
-from attncompiler.ir.expr import Apply, Axis, Const, Expr, Read, Size, apply, axes_of, transform
+from attncompiler.ir.expr import Apply, Axis, Const, Expr, Read, Size, apply, axes_of, transform, walk
 from attncompiler.ir.program import Dtype
 
+_FAR = 1 << 30  # numbers that added to a position may not be one of 32 bits
 _INTEGER = {"add", "sub", "mul", "neg", "minimum", "maximum", "abs", "floordiv", "mod"}
 
 # How `column <op> end` is made of "lies before end" and, where end itself counts, "lies before end + 1".
@@ -40,8 +41,9 @@ class Columns:
             if not (isinstance(node, Apply) and node.op == "floordiv" and node.args[0] == self.axis):
                 return None
             divisor = node.args[1]
-            is_share = isinstance(divisor, Const) and isinstance(divisor.value, int) and divisor.value % self.width == 0
-            return apply("floordiv", Size(self.start), divisor) if is_share and divisor != Const(0) else None
+            if not (isinstance(divisor, Const) and isinstance(divisor.value, int) and divisor.value > 0):
+                return None
+            return apply("floordiv", Size(self.start), divisor) if divisor.value % self.width == 0 else None
 
         return transform(test, visit)
 
@@ -68,7 +70,8 @@ def bits(test: Expr, columns: Columns, names: Names, e: Emission) -> str | None:
     if test.op not in _BEFORE or test.args[0] != columns.axis:
         return None
     end = test.args[1]
-    if columns.axis.name in axes_of(end) or not is_int32(end, e):
+    far = any(isinstance(node, Const) and abs(node.value) >= _FAR for node in walk(end))
+    if columns.axis.name in axes_of(end) or not is_int32(end, e) or far:
         return None
     names.helpers.add("bits_before")
     before, up_to = (

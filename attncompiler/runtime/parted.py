@@ -27,12 +27,12 @@ from attncompiler.runtime import row_kernels
 from attncompiler.runtime.outputs import new_outputs
 from attncompiler.tuning.schedule import head_size
 from attncompiler.tuning.speed_of_light import predicted_ms
-from attncompiler.tuning.target import TARGETS
+from attncompiler.tuning.target import TARGETS, Target
 
 _TARGET = TARGETS["sm_90"]  # of whose forward it is asked what parts are worth
 _TILE = 128
 _WINS = 0.8  # of the time of the whole: what a guess must win by
-_LAUNCH_MS = 0.02  # what a part more takes to start and to join, beside moving O
+_LAUNCH_MS = 0.02  # of a part and of what joins it, as the host and an empty device have it
 _HEADS = 16  # of all batches, where they are known at run time
 
 Forward = Callable[[Attention, Mapping[str, Tensor], Mapping[str, int], bool], tuple[Tensor, Tensor, Tensor]]
@@ -87,9 +87,13 @@ def _is_faster(program: Attention, found: GridAmongRuns, m: int, n: int) -> bool
     whole = time(TileCounts.of(plan_predicate(program.keep.predicate, {}, (1, 1, m, n), _TILE, _TILE), 1, 1), m, n)
     parts = time(TileCounts.of(plan_boxes(found.predicate, found.queries[1], tiles), 1, 1), found.queries[1], found.keys[1])
     for (_, queries), (_, keys) in _joined(found):
-        moved = 6 * heads * queries * d  # bytes: two outputs of half precision are read, one is written
-        parts += time(TileCounts.of_all(queries, keys, _TILE, _TILE), queries, keys) + 1e3 * moved / _TARGET.bandwidth + _LAUNCH_MS
+        parts += time(TileCounts.of_all(queries, keys, _TILE, _TILE), queries, keys) + join_ms(heads, queries, d, _TARGET)
     return parts < _WINS * whole
+
+
+def join_ms(heads: int, queries: int, d: int, target: Target) -> float:
+    """What a part more of the same queries takes to start and to join: two outputs of half precision are read, one is written."""
+    return 1e3 * 6 * heads * queries * d / target.bandwidth + _LAUNCH_MS
 
 
 def _parts_are_programs(program: Attention) -> bool:

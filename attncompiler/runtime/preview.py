@@ -22,7 +22,7 @@ from attncompiler.passes.plan import TilePlan, build_boxes, build_plan, count_ke
 from attncompiler.passes.tile_counts import TileCounts, kept_in_grid, separable
 from attncompiler.runtime.gathered import gathered
 from attncompiler.runtime.lowering import unsupported
-from attncompiler.runtime.parted import Part, parts_of
+from attncompiler.runtime.parted import Part, join_ms, parts_of
 from attncompiler.runtime.scheduling import schedule_of_layout
 from attncompiler.tuning.schedule import Schedule, choose_schedule
 from attncompiler.tuning.speed_of_light import SpeedOfLight, boxes_of, speed_of_light
@@ -124,7 +124,11 @@ def _in_parts(
         kept_pairs = None if None in of_parts else sum(filter(None, of_parts))
     shape, boxes = (b, h, m, n, _channels(program)), boxes_of(forward.tiles)
     light = speed_of_light(total, kept_pairs, shape, target, _element(program), boxes)
-    light = replace(light, predicted_ms=sum(shown.light.predicted_ms for _, shown in found if shown.light))  # one after another
+    joined = {part.queries: part for part, _ in found}.values()  # all but one part of each run of queries are joined to it
+    joins = [part.queries[1] for part, _ in found if part not in joined]
+    one_after_another = sum(shown.light.predicted_ms for _, shown in found if shown.light)
+    one_after_another += sum(join_ms(b * h, queries, _channels(program), target) for queries in joins)
+    light = replace(light, predicted_ms=one_after_another)
     density = light.visited_tiles * forward.block_m * forward.block_n / (b * h * m * n)
     runs = ", ".join(f"{q} queries by {k} keys" for part in parts for (_, q), (_, k) in ((part.queries, part.keys),))
     note = f"runs in parts, for a grid beside other tokens is cut into boxes: {runs}"

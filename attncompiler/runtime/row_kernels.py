@@ -35,7 +35,11 @@ def run(kernel: Any, grid: tuple[int, int], tensors: Mapping[str, Tensor | None]
         schedule = KernelSchedule(ROWS, ROWS, num_warps, 1)
         launch = Launch(kernel, kernel.__name__, grid, {**constants, **absent}, given, schedule, None, {})
         _LAUNCHES[key] = launch
-    launch(given)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(given)
+    else:
+        launch(given)
 
 
 @triton.jit

@@ -69,11 +69,12 @@ def _load_halves(x, b, head, first, second, ready, place):
         tma.async_copy_global_to_shared(x, [b, head, second * {half}, channel], ready, halves[1].slice(channel, {panel}, 3))
 '''
 
-# Where the keys of a pair lie. Where there is no second tile its place has the first again, and the mask leaves it out.
+# Where the keys of a pair lie. Where there is no second tile its place has the first again, also in what a score reads of keys, and the
+# mask leaves it out.
 PAIR_POSITIONS = """
 second = gl.sum(labels.index({label_at} + 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 kv_start = tile * {half}
-second_start = second * {half}
+second_start = gl.where(second >= 0, second, tile) * {half}
 kv_idx = gl.where(keys < {half}, kv_start + keys, second_start + (keys - {half}))
 """
 

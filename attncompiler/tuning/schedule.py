@@ -114,7 +114,7 @@ def for_mask(schedule: Schedule, program: Attention, sizes: Mapping[str, int]) -
         narrow = in_boxes(replace(schedule, forward=_NARROW), program, sizes)
         narrow_full, narrow_partial, _ = _tiles(narrow.forward, program, sizes)
         if _NARROW_FULL * narrow_full + _NARROW_PARTIAL * narrow_partial < _NARROW_WINS * (full + PARTIAL * partial):
-            if not narrow.forward.tiles:
+            if not narrow.forward.tiles and narrow_full + narrow_partial > rows:  # a row of one tile is no pair
                 return replace(narrow, forward=_PAIRS)
             boxed, full = narrow, narrow_full
     return replace(boxed, forward=replace(boxed.forward, apart=full > _APART * rows))

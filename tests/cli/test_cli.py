@@ -136,6 +136,17 @@ def test_plan_of_a_grid_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_
     assert "16,384" in text and "\u00b7\u2588\u00b7\u00b7" in text and "in boxes of 8x8:8x8" in text
 
 
+def test_plan_of_what_runs_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The boxes are of the image alone, the picture is in runs of tokens."""
+    image = ["plan", "disc((128, 128), 16, text=512)", "--shape", "1,16,16896,128"]
+    assert main([*image, "--picture"]) == 0
+    text = capsys.readouterr().out
+    assert "parts            512 queries by 16896 keys, 16384 queries by 512 keys, 16384 queries by 16384 keys" in text
+    assert "8x16:8x16" in text and "in boxes" not in text
+    assert main([*image, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"] == [[512, 16896], [16384, 512], [16384, 16384]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -18,6 +18,7 @@ from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.ir import Attention, parse, verify
 from attncompiler.ir.evaluate import whole
 from attncompiler.ir.expr import KV_IDX, Q_IDX, with_axis_alone
+from attncompiler.templates import hopper_forward
 from attncompiler.tuning.schedule import choose_schedule, for_mask
 from attncompiler.tuning.target import TARGETS
 
@@ -28,12 +29,16 @@ LAST[:4] = [2**31 - 1, -(2**31), 2**31 - 2, 0]
 KEPT = {
     "causal": "kv_idx <= q_idx",
     "window": "(kv_idx <= q_idx) & (q_idx - kv_idx < 100)",
-    "a window that nothing can leave": "(kv_idx >= q_idx - 2147483647) & (kv_idx < q_idx + 3)",
+    "a window that nothing can leave": "(kv_idx >= q_idx - 1073741823) & (kv_idx < q_idx + 3)",
     "sink": "(kv_idx <= q_idx) & ((kv_idx >= q_idx - 70) | (kv_idx < 20))",
     "all but oneself": "~(kv_idx == q_idx) & (kv_idx != 7)",
     "a length for each query": "kv_idx <= last[q_idx]",
     "blocks": "(kv_idx <= q_idx) & ((kv_idx // 128 >= q_idx // 64 - 1) | ((kv_idx // 128 + h) % 3 == 0))",
+    # No words: a block of another start than a tile's, an end that 32 bits may not hold.
+    "blocks counted from behind": "(kv_idx // -128 >= q_idx // -128) & (kv_idx <= q_idx)",
+    "a window too wide to add": "(kv_idx <= q_idx) & ((q_idx - kv_idx < 2147483647) | (kv_idx < 4))",
 }  # fmt: skip
+LEFT = ["blocks counted from behind", "a window too wide to add"]
 
 
 def _emission(keep: str) -> Emission:
@@ -55,10 +60,10 @@ def _run(lines: str, helpers: set[str], scope: dict[str, Any]) -> dict[str, Any]
     """The source over tensors of torch, the one instruction in it as PTX describes it."""
 
     def clamp(name: str) -> Any:
-        return lambda *args: getattr(torch, name)(*(torch.as_tensor(arg, dtype=torch.int64) for arg in args))
+        return lambda *args: getattr(torch, name)(*(torch.as_tensor(arg, dtype=torch.int32) for arg in args))
 
     def bmsk(_: str, __: str, args: list[Tensor], **___: object) -> Tensor:
-        return (1 << args[0].clamp(0, 32)) - 1
+        return ((1 << args[0].clamp(0, 32).long()) - 1).to(torch.int32)
 
     scope |= {
         "triton": SimpleNamespace(jit=lambda function: function),
@@ -73,26 +78,26 @@ def _run(lines: str, helpers: set[str], scope: dict[str, Any]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
-def test_words_say_what_the_mask_keeps(keep: str, transposed: bool) -> None:
-    e = _emission(keep)
+@pytest.mark.parametrize("name", KEPT)
+def test_words_say_what_the_mask_keeps(name: str, transposed: bool) -> None:
+    e = _emission(KEPT[name])
     names = e.names(KEYS if transposed else "attention_forward", frozenset())
     axis, stays, width = (Q_IDX, KV_IDX, 64) if transposed else (KV_IDX, Q_IDX, 128)
     columns = Columns(axis, "start", f"within{names.along(axis.name)}", width)
     word = bits(columns.alike(with_axis_alone(e.program.keep.predicate, axis)), columns, names, e)
-    if transposed and "last" in keep:
-        assert word is None  # what a column is compared with is its own
+    if name in LEFT or (transposed and name == "a length for each query"):  # what a column is compared with is its own
+        assert word is None
         return
     assert word is not None
     loads = [line.split(" = ")[0] for line in names.lines]
-    at = {name: torch.arange(TOKENS) for name in ("q_idx", "kv_idx")}
     extents = {"b": 1, "h": 2, "q_idx": TOKENS, "kv_idx": TOKENS}
     block = whole({"last": torch.tensor(LAST)}, {}, extents, torch.float64, torch.device("cpu"))
     exact = block.tensor(e.program.keep.predicate).expand(1, 2, TOKENS, TOKENS)[0, 1]
     for start in range(0, TOKENS, width):
         scope: dict[str, Any] = {
-            "within": torch.arange(width), "start": torch.tensor(start), "h": torch.tensor(1), stays.name: at[stays.name],
-            **{load: torch.tensor(LAST)[:, None] for load in loads},
+            "within": torch.arange(width, dtype=torch.int32), "start": torch.tensor(start, dtype=torch.int32), "h": torch.tensor(1),
+            stays.name: torch.arange(TOKENS, dtype=torch.int32),
+            **{load: torch.tensor(LAST, dtype=torch.int32)[:, None] for load in loads},
         }  # fmt: skip
         made = _run(f"kept = ({word}) & {bit(columns, names)}", e.helpers, scope)["kept"] != 0
         of_tile = exact.T[:, start : start + width] if transposed else exact[:, start : start + width]
@@ -103,6 +108,15 @@ def test_the_assembler_reads_several_bits_at_once() -> None:
     e = _emission(KEPT["window"])
     (kernel,) = cross_compile(e.program, e.schedule, e.layout, TARGETS["sm_90"], ["attention_forward"])
     assert kernel.sass().count("R2P") >= 2 * 2 * 10  # groups, loops of tiles, and 64 pairs a thread by 7
+
+
+def test_a_pair_without_a_second_tile_reads_the_first_ones_keys_again() -> None:
+    """-1 is no tile: what a score reads of each key would lie before its tensor."""
+    scope: dict[str, Any] = {"second": torch.tensor(-1), "tile": torch.tensor(3), "keys": torch.arange(128), "gl": torch}
+    lines = hopper_forward.PAIR_POSITIONS.strip().splitlines()
+    assert lines[0].startswith("second = ")
+    exec("\n".join(lines[1:]).replace("{half}", "64"), scope)
+    assert scope["kv_idx"].tolist() == [*range(192, 256)] * 2
 
 
 def test_documents_are_compared_one_by_one_and_their_end_beside_them() -> None:

@@ -28,8 +28,12 @@ def _biased(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return s - 0.01 * (q - k).abs()
 
 
+def _of_keys(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return s + torch.arange(2048.0, device=s.device)[k] / 1000
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("score", [None, _biased])
+@pytest.mark.parametrize("score", [None, _biased, _of_keys])
 @pytest.mark.parametrize(("tokens", "d", "kv_heads", "dtype"), [
     (2048, 128, 4, torch.bfloat16), (1985, 64, 1, torch.float16), (1000, 128, 2, torch.bfloat16), (2000, 64, 4, torch.bfloat16),
 ])  # fmt: skip

@@ -181,7 +181,15 @@ def test_key_tiles_are_narrow_where_wide_ones_would_be_cut_through(mask: Mask, n
     operands = dict(zip("qkv", [_of(1, 2, 4096) for _ in range(3)], strict=True))
     with mock.patch.object(prepared, "target_of", lambda device: TARGETS["sm_90"]):
         schedule = Prepared(declared.program, operands, {}).schedule
-    assert schedule.warp_roles and schedule.forward.block_n == (64 if narrow else 128)
+    assert schedule.warp_roles and schedule.forward.block_n == (64 if narrow else 128) and schedule.forward.pairs == narrow
+
+
+def test_rows_of_one_narrow_tile_are_no_pairs() -> None:
+    q, k = _of(1, 2, 4096), _of(1, 2, 64)
+    declared = declare(q, k, k, keep=masks.full())
+    with mock.patch.object(prepared, "target_of", lambda device: TARGETS["sm_90"]):
+        forward = Prepared(declared.program, {"q": q, "k": k, "v": k}, {}).schedule.forward
+    assert forward.block_n == 64 and not forward.pairs
 
 
 @pytest.mark.parametrize(
