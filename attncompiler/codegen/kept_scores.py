@@ -4,7 +4,7 @@ In plain Triton that is a `where` of all tests. On Hopper it is what a masked ti
 exponentials: LLVM makes vectors of the truth values, packs them into bits and takes these apart again, and no longer joins the scale
 and the subtraction of the maximum. There comparisons of integers go into one short piece of assembly, a comparison each and one
 selection, and what a box tests along its axes is one comparison: a window is a difference without sign, and the tests along the
-other axes, of which a thread has few, empty it.
+other axes, of which a thread has few, empty it. Of tiles that are runs of tokens most of the mask is bits (kept_bits.py).
 """
 
 from __future__ import annotations
