@@ -4,8 +4,7 @@
 
 Every case is first checked: some rows of O and dQ, and some rows of dK and dV, in float32 from the definition of the mask. TFLOP/s
 count the kept pairs; a backward counts 2.5 forwards. Medians of `triton.testing.do_bench`, interleaved with the peers. `--kernels`: also
-the device time of each kernel, from torch's profiler. What runs part by part (runtime/parted.py) is timed beside the whole too, on a line
-of its own; what is predicted of it is the whole's time.
+the device time of each kernel, from torch's profiler. What runs part by part (runtime/parted.py) has a line for the whole too.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from attncompiler.dsl.attention import declare
 from attncompiler.ir import Attention
 from attncompiler.passes.tile_counts import TileCounts
 from attncompiler.runtime import lowering, parted, prepared, triton_launch
+from attncompiler.runtime.preview import preview
 from attncompiler.tuning.speed_of_light import predicted_ms
 from attncompiler.tuning.target import TARGETS
 
@@ -112,7 +112,7 @@ def _wrong(case: Case, qkv: list[Tensor], o: Tensor, lse: Tensor, grad_o: Tensor
 
 
 def row(case: Case, d: int, compiled: Callable[..., Tensor] | None, kernels: bool) -> str:
-    """One line of the table; without FlexAttention compiled no peer is run."""
+    """One line of the table, or two; without FlexAttention compiled no peer is run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.functional import scaled_dot_product_attention
@@ -159,20 +159,26 @@ def row(case: Case, d: int, compiled: Callable[..., Tensor] | None, kernels: boo
             timed[name].append(milliseconds(run, 5, 30))
     ms = {name: statistics.median(times) for name, times in timed.items()}
     kept = case.mask.kept_pairs(1, h, n, n) or _counted(case)
-    predicted = _predicted(program, made)
-    if "whole fwd" in ms:
-        print(f"{case.name}: in parts {ms['fwd']:.3f}, {ms['bwd']:.3f} ms, as a whole {ms['whole fwd']:.3f}, {ms['whole bwd']:.3f}")
 
     def rate(name: str, forwards: float) -> str:
         return f"{ms[name]:.3f} ({forwards * 4 * kept * d / ms[name] / 1e9:.0f})" if name in ms else ""
 
-    def over(name: str, side: str) -> str:
-        return f"**{ms[f'{name} {side}'] / ms[side]:.2f}**" if f"{name} {side}" in ms else ""
+    def over(peer: str, side: str, way: str) -> str:
+        return f"**{ms[f'{peer} {side}'] / ms[way + side]:.2f}**" if f"{peer} {side}" in ms else ""
 
-    error = f"{100 * (predicted / ms['fwd'] - 1):+.0f} %"
-    cells = [case.name, f"{kept / (h * n * n):.4f}", rate("fwd", 1), f"{predicted:.3f} ({error})", over("flex", "fwd"),
-             over("dense", "fwd"), rate("bwd", 2.5), over("flex", "bwd"), over("dense", "bwd")]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+    def line(name: str, way: str, predicted: float) -> str:
+        error = f"{100 * (predicted / ms[way + 'fwd'] - 1):+.0f} %"
+        cells = [name, f"{kept / (h * n * n):.4f}", rate(f"{way}fwd", 1), f"{predicted:.3f} ({error})", over("flex", "fwd", way),
+                 over("dense", "fwd", way), rate(f"{way}bwd", 2.5), over("flex", "bwd", way), over("dense", "bwd", way)]  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+    whole = _predicted(program, made)
+    if not parted.parts_of(program):
+        return line(case.name, "", whole)
+    outlines = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in made.items()}
+    light = preview(program, {}, outlines, TARGETS["sm_90"]).light
+    assert light is not None
+    return line(f"{case.name}, in parts", "", light.predicted_ms) + "\n" + line(f"{case.name}, as a whole", "whole ", whole)
 
 
 def _predicate(case: Case) -> Callable[..., Tensor]:
@@ -195,7 +201,7 @@ def _counted(case: Case) -> int:
 
 
 def _predicted(program: Attention, made: dict[str, Tensor]) -> float:
-    """The forward time that `attncompiler plan` predicts, of the plan that the kernel ran."""
+    """The forward time that `attncompiler plan` predicts of a whole program, of the plan that the kernel ran."""
     plan = prepared.prepare(program, made, {})._planners["attention_forward"]._rows(program, made)
     (b, h, m, d), n = made["q"].shape, made["k"].shape[2]
     return predicted_ms(TileCounts.of(plan, b, h), (b, h, m, n, d), TARGETS["sm_90"])

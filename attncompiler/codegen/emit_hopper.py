@@ -80,10 +80,10 @@ def hopper_forward_source(e: Emission) -> str:
     )
     schedule = e.schedule.forward
     width = schedule.block_n * (1 + schedule.pairs)
-    of_tile = _label_and_positions(e, moving)
+    of_tile, copies = _label_and_positions(e, moving), _copies(e, read, moving)
     text = fill(
         hopper_forward.KERNEL,
-        load_tile=_load_tile(e, k, v, {**pointers, **row, "operands": operands}, _copies(e, read, moving)),
+        load_tile=_load_tile(e, k, v, {**pointers, **row, "operands": operands}, copies),
         loads=f"{loads}\n{row['telling_warp']}",
         of_queries=".load(gl.DotOperandLayout(0, SCORES, 2))" if width <= _NARROW else "",
         row_readers=str(3 + (e.layout.by_list is not None)),
@@ -95,7 +95,7 @@ def hopper_forward_source(e: Emission) -> str:
         masked_scores=masked,
         scale=scale,
         every_tile=_every_tile(e, masked, full, {"reads": reads, "scale": scale, **of_tile}),
-        **_copies(e, read, moving),
+        **copies,
         extra_scores="\n".join(extra),
         denominator="gl.where(l_i == 0.0, 1.0, l_i)" if e.program.keep.zero_if_empty else "l_i",
         **of_tile,

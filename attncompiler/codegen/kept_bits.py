@@ -19,7 +19,7 @@ _FAR = 1 << 30  # numbers that added to a position may not be one of 32 bits
 _INTEGER = {"add", "sub", "mul", "neg", "minimum", "maximum", "abs", "floordiv", "mod"}
 
 # How `column <op> end` is made of "lies before end" and, where end itself counts, "lies before end + 1".
-_BEFORE = {
+ORDERS = {
     "lt": "{before}", "le": "{up_to}", "ge": "~{before}", "gt": "~{up_to}", "eq": "({up_to} & ~{before})",
     "ne": "~({up_to} & ~{before})",
 }  # fmt: skip
@@ -54,31 +54,37 @@ def bit(columns: Columns, names: Names) -> str:
     return f"bit_of({columns.within})"
 
 
-def bits(test: Expr, columns: Columns, names: Names, e: Emission) -> str | None:
-    """A word for each pair's row and thread as source, of a test that `columns.alike` has rewritten; None where it reads more of a
-    column than in which order it comes."""
-    if columns.axis.name not in axes_of(test):
-        return f"tl.where({triton(test, names)}, -1, 0)"
+def are_bits(test: Expr, axis: Axis, e: Emission) -> bool:
+    """True where `bits` can say a test, which `Columns.alike` has rewritten: it reads of a column of `axis` in which order it comes."""
+    if axis.name not in axes_of(test):
+        return True
     if not isinstance(test, Apply):
-        return None
+        return False
     if test.op in ("and", "or", "not"):
-        words = [bits(arg, columns, names, e) for arg in test.args]
-        if any(word is None for word in words):
-            return None
-        symbol = " & " if test.op == "and" else " | "
-        return f"~({words[0]})" if test.op == "not" else f"({symbol.join(filter(None, words))})"
-    if test.op not in _BEFORE or test.args[0] != columns.axis:
-        return None
+        return all(are_bits(arg, axis, e) for arg in test.args)
+    if test.op not in ORDERS or test.args[0] != axis:
+        return False
     end = test.args[1]
     far = any(isinstance(node, Const) and abs(node.value) >= _FAR for node in walk(end))
-    if columns.axis.name in axes_of(end) or not is_int32(end, e) or far:
-        return None
+    return axis.name not in axes_of(end) and is_int32(end, e) and not far
+
+
+def bits(test: Expr, columns: Columns, names: Names) -> str:
+    """A word for each pair's row and thread, as source."""
+    if columns.axis.name not in axes_of(test):
+        return f"tl.where({triton(test, names)}, -1, 0)"
+    assert isinstance(test, Apply)
+    if test.op == "not":
+        return f"~({bits(test.args[0], columns, names)})"
+    if test.op in ("and", "or"):
+        symbol = " & " if test.op == "and" else " | "
+        return f"({symbol.join(bits(arg, columns, names) for arg in test.args)})"
     names.helpers.add("bits_before")
+    end = triton(test.args[1], names)
     before, up_to = (
-        f"bits_before({triton(end, names)}, {columns.start}, {columns.within}, {columns.width}, {end_counts})"
-        for end_counts in (0, 1)
+        f"bits_before({end}, {columns.start}, {columns.within}, {columns.width}, {end_counts})" for end_counts in (0, 1)
     )
-    return _BEFORE[test.op].format(before=before, up_to=up_to)
+    return ORDERS[test.op].format(before=before, up_to=up_to)
 
 
 def is_int32(expr: Expr, e: Emission) -> bool:

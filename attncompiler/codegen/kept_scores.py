@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attncompiler.codegen.emission import Emission
-from attncompiler.codegen.kept_bits import Columns, bit, bits, is_int32
+from attncompiler.codegen.kept_bits import ORDERS, Columns, are_bits, bit, bits, is_int32
 from attncompiler.codegen.positions import Window
 from attncompiler.codegen.triton_expr import Names, triton
 from attncompiler.ir.expr import KV_IDX, Q_IDX, TRUE, Apply, Axis, Expr, Size, conj, conjuncts, sub, walk, with_axis_alone
 from attncompiler.ir.program import Empty
 from attncompiler.passes.grid import grid_rule
 from attncompiler.passes.plan import keeps_only_keys
-
-_ORDERS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,6 @@ class _Comparison:
     op: str
     right: str
     signed: bool = True
-
-    @property
-    def text(self) -> str:
-        return f"({self.left} {_ORDERS[self.op]} {self.right})"
 
     def assembly(self, place: int) -> str:
         """The test as the `place`-th of several, all of which p then says."""
@@ -91,29 +85,23 @@ def _as_bits(
     e: Emission, names: Names, kernel: str, parts: tuple[Expr, ...], within: str
 ) -> tuple[tuple[Expr, ...], list[_Comparison | _BitTest]]:
     """The parts that are left, and those that are bits of one word."""
-    schedule, along = e.schedule.of(kernel), f"{within}{names.along('q_idx' if names.transposed else 'kv_idx')}"
+    schedule = e.schedule.of(kernel)
     axis, width = (Q_IDX, schedule.block_m) if names.transposed else (KV_IDX, schedule.block_n)
     starts = [f"{axis.name.removesuffix('_idx')}_start", *(["second_start"] if schedule.pairs else [])]
-    tiles = [Columns(axis, start, along, width) for start in starts]
-    found: list[list[str]] = []
-    rest, are_comparisons = [], True
-    for part in parts:
-        of_part = [bits(columns.alike(with_axis_alone(part, axis)), columns, names, e) for columns in tiles]
-        if None in of_part:
-            rest.append(part)
-        else:
-            found.append([word or "" for word in of_part])
-            are_comparisons &= _is_comparison(part, e)
-    words = [" & ".join(of_tile) for of_tile in zip(*found, strict=True)]
+    tiles = [Columns(axis, start, f"{within}{names.along(axis.name)}", width) for start in starts]
+    solved = {part: with_axis_alone(part, axis) for part in parts}
+    chosen = [part for part in parts if are_bits(tiles[0].alike(solved[part]), axis, e)]
+    rest = tuple(part for part in parts if part not in chosen)
+    if not schedule.pairs:
+        beside_others = len(chosen) == 1 and any(_is_comparison(part, e) for part in rest)
+        in_backward = kernel != "attention_forward"  # which does not wait for instructions, and has no register to spare
+        if not chosen or ((beside_others or in_backward) and all(_is_comparison(part, e) for part in chosen)):
+            return parts, []
+    words = [" & ".join(bits(columns.alike(solved[part]), columns, names) for part in chosen) or "-1" for columns in tiles]
+    word = words[0]
     if schedule.pairs:
-        first, second = words or ("-1", "-1")
-        word = f"(({first}) & {(1 << width // 4) - 1}) | (tl.where(second >= 0, {second}, 0) << {width // 4})"
-        return tuple(rest), [_BitTest(word, bit(tiles[0], names))]
-    beside_others = any(_is_comparison(part, e) for part in rest)
-    in_backward = kernel != "attention_forward"  # which does not wait for instructions, and has no register to spare
-    if not words or (are_comparisons and (in_backward or (len(found) == 1 and beside_others))):
-        return parts, []
-    return tuple(rest), [_BitTest(words[0], bit(tiles[0], names))]
+        word = f"(({words[0]}) & {(1 << width // 4) - 1}) | (tl.where(second >= 0, {words[1]}, 0) << {width // 4})"
+    return rest, [_BitTest(word, bit(tiles[0], names))]
 
 
 def _where(tests: Sequence[str]) -> str:
@@ -192,4 +180,4 @@ def _places(expr: Expr) -> frozenset[str]:
 
 def _is_comparison(part: Expr, e: Emission) -> bool:
     """True for a comparison of what kernels compute in 32-bit integers."""
-    return isinstance(part, Apply) and part.op in _ORDERS and all(is_int32(arg, e) for arg in part.args)
+    return isinstance(part, Apply) and part.op in ORDERS and all(is_int32(arg, e) for arg in part.args)

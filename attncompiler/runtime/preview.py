@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -124,10 +125,9 @@ def _in_parts(
         kept_pairs = None if None in of_parts else sum(filter(None, of_parts))
     shape, boxes = (b, h, m, n, _channels(program)), boxes_of(forward.tiles)
     light = speed_of_light(total, kept_pairs, shape, target, _element(program), boxes)
-    joined = {part.queries: part for part, _ in found}.values()  # all but one part of each run of queries are joined to it
-    joins = [part.queries[1] for part, _ in found if part not in joined]
     one_after_another = sum(shown.light.predicted_ms for _, shown in found if shown.light)
-    one_after_another += sum(join_ms(b * h, queries, _channels(program), target) for queries in joins)
+    for (_, queries), count in Counter(part.queries for part in parts).items():
+        one_after_another += (count - 1) * join_ms(b * h, queries, _channels(program), target)
     light = replace(light, predicted_ms=one_after_another)
     density = light.visited_tiles * forward.block_m * forward.block_n / (b * h * m * n)
     runs = ", ".join(f"{q} queries by {k} keys" for part in parts for (_, q), (_, k) in ((part.queries, part.keys),))

@@ -33,7 +33,7 @@ def _load_tile({K}, {V}, rings, barriers, operands, at, slot, phase):
 LOAD_PAIR = '''
 @gluon.jit
 def _load_pair({K}, {V}, rings, barriers, operands, at, waiting, slot, phase):
-    b, h, tile, masked, after{origin_names} = at
+    b, h, tile, masked, after = at
     ({operands}) = operands
     k_ring, v_ring, labels, brought_ring = rings
     k_ready, k_free, v_ready, v_free = barriers

@@ -12,7 +12,7 @@ from torch import Tensor
 from attncompiler.codegen.cross_compile import cross_compile
 from attncompiler.codegen.emission import Emission, Layout
 from attncompiler.codegen.emit_backward import KEYS
-from attncompiler.codegen.kept_bits import Columns, bit, bits
+from attncompiler.codegen.kept_bits import Columns, are_bits, bit, bits
 from attncompiler.codegen.kept_scores import kept_scores
 from attncompiler.codegen.triton_expr import HELPERS
 from attncompiler.ir import Attention, parse, verify
@@ -84,11 +84,12 @@ def test_words_say_what_the_mask_keeps(name: str, transposed: bool) -> None:
     names = e.names(KEYS if transposed else "attention_forward", frozenset())
     axis, stays, width = (Q_IDX, KV_IDX, 64) if transposed else (KV_IDX, Q_IDX, 128)
     columns = Columns(axis, "start", f"within{names.along(axis.name)}", width)
-    word = bits(columns.alike(with_axis_alone(e.program.keep.predicate, axis)), columns, names, e)
+    test = columns.alike(with_axis_alone(e.program.keep.predicate, axis))
     if name in LEFT or (transposed and name == "a length for each query"):  # what a column is compared with is its own
-        assert word is None
+        assert not are_bits(test, axis, e)
         return
-    assert word is not None
+    assert are_bits(test, axis, e)
+    word = bits(test, columns, names)
     loads = [line.split(" = ")[0] for line in names.lines]
     extents = {"b": 1, "h": 2, "q_idx": TOKENS, "kv_idx": TOKENS}
     block = whole({"last": torch.tensor(LAST)}, {}, extents, torch.float64, torch.device("cpu"))

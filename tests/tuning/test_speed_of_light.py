@@ -5,38 +5,18 @@ from __future__ import annotations
 import pytest
 
 from attncompiler import masks
-from attncompiler.masks import Mask
 from attncompiler.passes.tile_counts import TileCounts
 from attncompiler.tuning.speed_of_light import predicted_ms, speed_of_light
 from attncompiler.tuning.target import TARGETS
+from benchmarks.fit_predicted import MEASURED, counts_of
 
 _H100 = TARGETS["sm_90"]
-_CAUSAL = masks.causal()
 
 
-@pytest.mark.parametrize(
-    ("mask", "tokens", "heads", "keys", "ms"),
-    [
-        (masks.full(), 16384, 16, 128, 2.993),
-        (_CAUSAL, 16384, 16, 128, 1.526),
-        (_CAUSAL & masks.window(1024, 0), 16384, 16, 128, 0.234),
-        (_CAUSAL & (masks.window(1024, 0) | masks.sink(64)), 16384, 16, 128, 0.255),
-        (masks.strided(64, 16, 16, heads=16), 16384, 16, 64, 0.317),
-        (masks.grid((128, 128), 17), 16384, 16, 128, 0.176),
-        (masks.disc((128, 128), 16), 16384, 16, 128, 0.355),
-        (masks.grid((256, 256), 80), 65536, 24, 128, 9.98),
-        (masks.grid((256, 256), 80, stride=16), 65536, 24, 128, 7.946),
-        (masks.grid((30, 48, 80), (18, 24, 24)), 115200, 24, 128, 41.38),
-        (masks.grid((30, 48, 80), (18, 24, 24), stride=(16, 8, 8)), 115200, 24, 128, 23.74),
-    ],
-    ids=str,
-)
-def test_masks_that_were_measured(mask: Mask, tokens: int, heads: int, keys: int, ms: float) -> None:
-    """`keys` of a tile, as the kernel had them."""
-    tiles = mask.tiles(1, heads, tokens, tokens)
-    plan = mask.plan_in(tiles, 1, heads, tokens, tokens) if tiles else mask.plan(1, heads, tokens, tokens, 128, keys)
-    predicted = predicted_ms(TileCounts.of(plan, 1, heads), (1, heads, tokens, tokens, 128), _H100)
-    assert predicted == pytest.approx(ms, rel=0.09)
+@pytest.mark.parametrize("name", MEASURED)
+def test_masks_that_were_measured(name: str) -> None:
+    mask, tokens, heads, keys, ms = MEASURED[name]
+    assert predicted_ms(counts_of(mask, tokens, heads, keys), (1, heads, tokens, tokens, 128), _H100) == pytest.approx(ms, rel=0.09)
 
 
 def test_a_long_row_is_the_time() -> None:
